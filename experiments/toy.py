@@ -1,0 +1,316 @@
+"""The whole suite on a toy, end to end, on a laptop: no GPU, no download, a few minutes.
+
+    python experiments/toy.py                # build, preprocess, train with both methods, load back, compare
+    python experiments/toy.py --build DIR    # only DIR/model and DIR/data/{train,test}.jsonl
+
+The toy is a small LLaDA (same module names, special tokens, chat template and remote-code loading) that was
+briefly pretrained with LLaDA's own objective, and a few hundred word problems in MetaMathQA's columns.
+"""
+
+import argparse
+import csv
+import glob
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from itertools import count
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from toy_llada.configuration_llada import LLaDAConfig
+from toy_llada.modeling_llada import LLaDAModelLM
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+EXPERIMENTS = os.path.dirname(os.path.abspath(__file__))
+SUITE = os.path.dirname(EXPERIMENTS)
+sys.path.insert(0, SUITE)
+
+from pt import PROMPT  # noqa: E402
+
+# The toy's data
+TRAIN_ROWS, TEST_ROWS, PRETRAIN_ROWS = 800, 100, 4000
+BPE_TOKENS = 1500  # before the special tokens; the ids up to LLaDA's special tokens are fillers
+# The toy's model
+SHAPE = {"d_model": 128, "n_layers": 4, "n_heads": 4, "mlp_hidden_size": 384, "max_sequence_length": 1024}
+PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LEN, PRETRAIN_LR = 200, 32, 192, 3e-3
+# The toy's training runs: the suite's constants but for these
+RUN = {"MAX_SAMPLES": 400, "MICRO_BSIZE": 4, "TOTAL_TRAIN_STEPS": 60, "LR": 1e-3, "LORA_RANK": 32}
+
+# ---------------------------------------------------------------------------- word problems
+
+NAMES = (
+    "Ada Ben Carla Diego Elif Femi Grace Hana Ivan Jia Karim Lena Mateo Nadia Omar Priya Quinn Rosa Sven Tara".split()
+)
+GOODS = "apples notebooks candles mugs postcards pencils roses lanterns scarves puzzles kites muffins".split()
+
+
+def shop(rng):
+    name, item = rng.choice(NAMES), rng.choice(GOODS)
+    first, more, price, rent = rng.randint(5, 40), rng.randint(2, 20), rng.randint(2, 9), rng.randint(3, 12)
+    second, sold = first + more, 2 * first + more
+    return (
+        f"{name} has a market stall and sells {item} for ${price} each. On Saturday {name} sells {first} {item}, and on "
+        f"Sunday {more} more than on Saturday. The stall costs ${rent} for the weekend. How much money is left?",
+        [
+            f"On Saturday {name} sells {first} {item}.",
+            f"On Sunday {name} sells {more} more than on Saturday, which is {first} + {more} = {second} {item}.",
+            f"Together that is {first} + {second} = {sold} {item} over the whole weekend.",
+            f"Each of the {item} brings ${price}, so {name} takes in {sold} * {price} = ${sold * price}.",
+            f"After paying ${rent} for the stall, {name} has {sold * price} - {rent} = ${sold * price - rent} left.",
+        ],
+        sold * price - rent,
+    )
+
+
+def savings(rng):
+    name, weeks, pocket, chores = rng.choice(NAMES), rng.randint(3, 12), rng.randint(4, 15), rng.randint(2, 9)
+    spent, gift = rng.randint(3, 20), rng.randint(10, 50)
+    weekly = pocket + chores
+    saved = weekly * weeks
+    return (
+        f"Every week {name} gets ${pocket} of pocket money and earns ${chores} more with chores. {name} saves all of it "
+        f"for {weeks} weeks, then receives ${gift} as a birthday gift and spends ${spent} on a book. How much is saved?",
+        [
+            f"Every week {name} saves the pocket money and the money from chores, {pocket} + {chores} = ${weekly}.",
+            f"In {weeks} weeks that makes {weekly} * {weeks} = ${saved} of savings.",
+            f"With the birthday gift of ${gift} it grows to {saved} + {gift} = ${saved + gift}.",
+            f"The book costs ${spent}, and it is paid from the savings.",
+            f"So in the end {name} has saved {saved + gift} - {spent} = ${saved + gift - spent}.",
+        ],
+        saved + gift - spent,
+    )
+
+
+def journey(rng):
+    name, speed, hours = rng.choice(NAMES), rng.randint(10, 60), rng.randint(2, 6)
+    slower, later = rng.randint(2, 8), rng.randint(2, 5)
+    first, second = speed * hours, (speed - slower) * later
+    return (
+        f"{name} rides for {hours} hours at {speed} km per hour. After a break {name} gets tired and rides {slower} km "
+        f"per hour slower for another {later} hours. How many km does {name} ride in total?",
+        [
+            f"Before the break {name} rides {speed} * {hours} = {first} km.",
+            f"After the break {name} is slower and rides at {speed} - {slower} = {speed - slower} km per hour.",
+            f"In the {later} hours after the break {name} rides {speed - slower} * {later} = {second} km.",
+            "To find the total distance we add the two parts of the ride, before and after the break.",
+            f"In total {name} rides {first} + {second} = {first + second} km.",
+        ],
+        first + second,
+    )
+
+
+def shelves(rng):
+    name, rows, each = rng.choice(NAMES), rng.randint(3, 12), rng.randint(6, 25)
+    lent, bought = rng.randint(2, 15), rng.randint(2, 30)
+    books = rows * each
+    return (
+        f"A library room has {rows} shelves with {each} books on every shelf. {name} lends {lent} of the books to a school "
+        f"and then buys {bought} new ones. Half of a shelf stays empty. How many books are in the room now?",
+        [
+            f"At first there are {rows} shelves with {each} books each, which is {rows} * {each} = {books} books.",
+            f"{name} lends {lent} books to the school, so {books} - {lent} = {books - lent} books are left.",
+            f"Then {name} buys {bought} new books and puts them on the shelves.",
+            "That half of a shelf stays empty does not change the number of books.",
+            f"Now there are {books - lent} + {bought} = {books - lent + bought} books in the room.",
+        ],
+        books - lent + bought,
+    )
+
+
+def bakery(rng):
+    name, trays, each = rng.choice(NAMES), rng.randint(3, 9), rng.randint(6, 24)
+    burnt, guests = rng.randint(1, 5), rng.randint(2, 6)
+    baked = trays * each
+    rest = (baked - burnt) % guests
+    share = (baked - burnt) // guests
+    return (
+        f"{name} bakes {trays} trays of {each} cookies. Of all the cookies {burnt} are burnt and thrown away. The others are "
+        f"shared equally by {guests} guests, and {name} eats what cannot be shared. How many cookies does each guest get?",
+        [
+            f"{name} bakes {trays} trays of {each} cookies, which is {trays} * {each} = {baked} cookies.",
+            f"Without the burnt ones {baked} - {burnt} = {baked - burnt} cookies are left.",
+            f"Shared by {guests} guests that is {share} for each of them, since {share} * {guests} = {share * guests}.",
+            f"What cannot be shared is {baked - burnt} - {share * guests} = {rest}, and {name} eats it.",
+            f"So each of the {guests} guests gets {share} cookies.",
+        ],
+        share,
+    )
+
+
+def garden(rng):
+    name, length, width, price = rng.choice(NAMES), rng.randint(6, 30), rng.randint(3, 20), rng.randint(2, 9)
+    gate = rng.randint(1, 4)
+    around = 2 * (length + width)
+    return (
+        f"{name} wants a fence around a garden that is {length} meters long and {width} meters wide, with an opening of "
+        f"{gate} meters for the gate. A meter of fence costs ${price}. How much does the whole fence cost?",
+        [
+            f"One long side and one short side together are {length} + {width} = {length + width} meters.",
+            f"The garden has two of each, so the way around it is 2 * {length + width} = {around} meters.",
+            f"The gate needs no fence, so {name} has to buy {around} - {gate} = {around - gate} meters of fence.",
+            f"Every meter of the fence costs ${price}.",
+            f"The whole fence costs {around - gate} * {price} = ${(around - gate) * price}.",
+        ],
+        (around - gate) * price,
+    )
+
+
+TOPICS = (shop, savings, journey, shelves, bakery, garden)
+KINDS = ("MATH_AnsAug", "MATH_Rephrased", "MATH_SV", "GSM_AnsAug")  # pt.py leaves out the GSM types by default
+
+
+def word_problems(rng, rows, seen):
+    """`rows` problems in MetaMathQA's columns, none of whose queries is in the set `seen`, which grows."""
+    problems = []
+    while len(problems) < rows:
+        query, steps, answer = rng.choice(TOPICS)(rng)
+        if query not in seen:
+            seen.add(query)
+            response = "\n".join(steps) + f"\n#### {answer}\nThe answer is: {answer}"
+            row = {"type": rng.choice(KINDS), "query": query, "original_question": query, "response": response}
+            problems.append(row)
+    return problems
+
+
+# ---------------------------------------------------------------------------- tokenizer
+
+SPECIAL_TOKENS = {
+    126080: "<|startoftext|>",
+    126081: "<|endoftext|>",
+    126336: "<|mdm_mask|>",
+    126346: "<|start_header_id|>",
+    126347: "<|end_header_id|>",
+    126348: "<|eot_id|>",
+}
+CHAT_TEMPLATE = (  # LLaDA's behaviour: the assistant header ends every conversation, asked for or not
+    "{% for message in messages %}{{ bos_token if loop.first else '' }}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+
+
+def build_tokenizer(texts):
+    """A byte-level BPE learnt from `texts`, with LLaDA's special tokens at LLaDA's ids and its chat template.
+
+    Runs of newlines stay whole, digits stay single. The ids between the learnt tokens and the special ones are
+    fillers that no text gives, so that the ids have no holes.
+    """
+    pieces = Regex(r"[\r\n]+| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[^\S\r\n]+")
+    splits = [
+        pre_tokenizers.Split(pieces, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=BPE_TOKENS, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    learnt = json.loads(tokenizer.to_str())["model"]
+    first, last = min(SPECIAL_TOKENS), max(SPECIAL_TOKENS)
+    vocab = learnt["vocab"] | {f"<|filler_{i}|>": i for i in range(len(learnt["vocab"]), first)}
+    tokenizer.model = models.BPE(vocab=vocab, merges=[tuple(pair) for pair in learnt["merges"]])
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = [SPECIAL_TOKENS.get(i, f"<|reserved_{i}|>") for i in range(first, last + 1)]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **names)
+
+
+# ---------------------------------------------------------------------------- model
+
+
+def pretrain(tokenizer, texts, generator):
+    """A small LLaDA pretrained on `texts`, its embedding and head over the full vocabulary, in bf16.
+
+    LLaDA's objective: mask every token with t ~ U(0, 1), cross-entropy of the masked ones weighted by 1/t (Nie et
+    al., arXiv 2502.09992, eq. 3). It runs on the ids in use plus one that stands for all others: those share one
+    embedding and one head row, so adding log(their number) to its logit makes the softmax that of the full vocabulary.
+    """
+    config = LLaDAConfig(**SHAPE)
+    used = sorted(set(range(BPE_TOKENS)) | set(SPECIAL_TOKENS))
+    row_of = torch.full((config.embedding_size,), len(used))  # id -> row of the small embedding
+    row_of[used] = torch.arange(len(used))
+    rows = row_of[encode_padded(tokenizer, texts)]  # (documents, PRETRAIN_LEN)
+    model = LLaDAModelLM(LLaDAConfig(**SHAPE, vocab_size=len(used) + 1)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LR, betas=(0.9, 0.95), weight_decay=0.01)
+    for step in (bar := tqdm(range(1, PRETRAIN_STEPS + 1), desc="pretrain", unit=" steps")):
+        warm, rest = min(1, step / 20), 0.5 + 0.5 * math.cos(math.pi * step / PRETRAIN_STEPS)
+        optimizer.param_groups[0]["lr"] = PRETRAIN_LR * warm * rest
+        batch = rows[torch.randint(len(rows), (PRETRAIN_BATCH,), generator=generator)]
+        t = torch.rand(len(batch), 1, generator=generator).clamp(min=0.02)
+        masked = torch.rand(batch.shape, generator=generator) < t
+        logits = model(batch.masked_fill(masked, row_of[config.mask_token_id])).logits[masked]
+        logits[:, -1] += math.log(config.embedding_size - len(used))
+        loss = (
+            cross_entropy(logits, batch[masked], reduction="none") / t.expand_as(masked)[masked]
+        ).sum() / masked.numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.2f}")
+    return widen(model, config, row_of)
+
+
+def encode_padded(tokenizer, texts):
+    """(len(texts), PRETRAIN_LEN) ids, each text closed and padded with end-of-text tokens."""
+    ids = torch.full((len(texts), PRETRAIN_LEN), tokenizer.eos_token_id)
+    for row, encoded in zip(ids, tokenizer(texts)["input_ids"], strict=True):
+        row[: len(encoded)] = torch.tensor(encoded[:PRETRAIN_LEN])
+    return ids
+
+
+def widen(model, config, row_of):
+    """`model` with its embedding and head spread over all ids of `config`, in bf16."""
+    wide = LLaDAModelLM(config)
+    state = model.state_dict()
+    for name in ("model.transformer.wte.weight", "model.transformer.ff_out.weight"):
+        state[name] = state[name][row_of]
+    wide.load_state_dict(state)
+    return wide.to(torch.bfloat16)
+
+
+def build(folder, seed=0):
+    """Make `folder`/model and `folder`/data; both appear only when whole.
+
+    Raises:
+        SystemExit: if one of them exists already.
+    """
+    for name in ("model", "data"):
+        if os.path.exists(os.path.join(folder, name)):
+            sys.exit(f"{os.path.join(folder, name)} exists already; give --build another folder")
+    partial = os.path.join(folder, f"partial-{os.getpid()}")
+    data, target = os.path.join(partial, "data"), os.path.join(partial, "model")
+    os.makedirs(data)
+    rng, generator, seen = random.Random(seed), torch.Generator().manual_seed(seed), set()
+    torch.manual_seed(seed)
+    for name, rows in (("train", TRAIN_ROWS), ("test", TEST_ROWS)):
+        with open(os.path.join(data, f"{name}.jsonl"), "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in word_problems(rng, rows, seen))
+    texts = [f"{row['query']}\n\n{row['response']}" for row in word_problems(rng, PRETRAIN_ROWS, seen)]
+    tokenizer = build_tokenizer([PROMPT, *texts])
+    model = pretrain(tokenizer, texts, generator)
+    model.config.architectures = ["LLaDAModelLM"]
+    code = {"AutoModel": "modeling_llada.LLaDAModelLM", "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"}
+    model.config.auto_map = {"AutoConfig": "configuration_llada.LLaDAConfig", **code}
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    for path in glob.glob(os.path.join(EXPERIMENTS, "toy_llada", "*.py")):
+        shutil.copy(path, target)
+    for name in ("data", "model"):
+        os.rename(os.path.join(partial, name), os.path.join(folder, name))
+    os.rmdir(partial)
+
+
+if __name__ == "__main__":
+    t0 = time.time()
+    build(sys.argv[2])
+    print(time.time() - t0)

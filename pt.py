@@ -1,0 +1,260 @@
+"""Preprocess MetaMathQA into the `.pt` file that both trainers read.
+
+    python pt.py                                                  # MetaMathQA -> MathQA_256.pt
+    python pt.py --dataset rows.jsonl --filter_type "" --output rows.pt
+
+Every row becomes one conversation, rendered with the model's chat template: the user asks `query`
+in MetaMath's prompt, the assistant answers with `response`. The output is a list of
+`{"prompt_len": int, "full_ids": LongTensor}`; ids before `prompt_len` are the prompt, up to and
+including the assistant header, the others are the answer with its end-of-turn token.
+"""
+
+import argparse
+import os
+import sys
+from bisect import bisect_left
+
+import torch
+from datasets import load_dataset
+from jinja2 import TemplateError
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+PROMPT = (  # MetaMath's
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{query}\n\n### Response: Let's think step by step."
+)
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+BATCH_ROWS = 1000  # rows rendered and encoded at once
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--output", default="MathQA_256.pt", help="file to write (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    parser.add_argument("--model", default="GSAI-ML/LLaDA-8B-Instruct", help="hub id or folder (%(default)s)")
+    parser.add_argument(
+        "--dataset", default="meta-math/MetaMathQA", help="hub id, folder, or .json/.jsonl/.parquet/.csv (%(default)s)"
+    )
+    parser.add_argument("--split", default="train", help="split of the dataset (%(default)s)")
+    parser.add_argument("--max_len", type=int, default=256, help="skip longer rows, in tokens (%(default)s)")
+    parser.add_argument("--max_samples", type=int, default=20000, help="stop after so many rows, 0 = all (%(default)s)")
+    parser.add_argument("--filter_type", default="GSM", help='skip types that contain this, "" = none (%(default)s)')
+    args = parser.parse_args(argv)
+    if args.max_len < 2:
+        parser.error(f"--max_len {args.max_len}: needs at least 2 tokens, one of the prompt and one of the answer")
+    if args.max_samples < 0:
+        parser.error(f"--max_samples {args.max_samples}: must be 0 (all rows) or more")
+    return args
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no details'])[0]}"
+
+
+def claim_output(output, overwrite):
+    """Make `output`'s folder and open `output`.tmp-PID there, so that an unwritable place shows first.
+
+    Raises:
+        SystemExit: if `output` exists and may not be replaced, or cannot be written.
+    """
+    if os.path.isdir(output):
+        sys.exit(f"--output {output} is a folder; give the name of a file")
+    if os.path.exists(output) and not overwrite:
+        sys.exit(f"--output {output} exists already; give another name, or --overwrite to replace it")
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+        return open(f"{output}.tmp-{os.getpid()}", "wb")
+    except OSError as error:
+        sys.exit(f"--output {output} cannot be written ({error.strerror}); give a path in a writable folder")
+
+
+def load_tokenizer(model):
+    """The model's fast tokenizer with its chat template.
+
+    Raises:
+        SystemExit: if it cannot be loaded, gives no offsets or has no chat template.
+    """
+    try:
+        # the flag only keeps transformers 4.57.6 from warning of a fault that Mistral's tokenizers have
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True, fix_mistral_regex=False)
+    except Exception as error:  # the hub, the folder and remote code fail in many ways
+        sys.exit(f"--model {model}: no tokenizer there ({first_line(error)}); give a hub id or a model folder")
+    if not tokenizer.is_fast:
+        sys.exit(
+            f"--model {model}: its tokenizer is not a fast one and gives no offsets; the folder needs tokenizer.json"
+        )
+    if not tokenizer.chat_template:
+        sys.exit(f"--model {model}: its tokenizer has no chat template; use an Instruct model or add one to its folder")
+    return tokenizer
+
+
+def load_rows(dataset, split):
+    """The rows of a hub dataset, a local folder or a local file.
+
+    Raises:
+        SystemExit: if the dataset or its split cannot be read, or lacks `query` or `response`.
+    """
+    suffix = os.path.splitext(dataset)[1].lower()
+    try:
+        if os.path.isfile(dataset):
+            if suffix not in FILE_TYPES:
+                sys.exit(f"--dataset {dataset}: a file must be one of {', '.join(FILE_TYPES)}")
+            # a file has no splits of its own: it is the one asked for, of which `train[:100]` takes a slice
+            files = {split.partition("[")[0]: dataset}
+            rows = load_dataset(FILE_TYPES[suffix], data_files=files, split=split)
+        elif suffix in FILE_TYPES:
+            sys.exit(f"--dataset {dataset}: no such file")
+        else:
+            rows = load_dataset(dataset, split=split)
+    except Exception as error:  # the hub, pyarrow and the parsers fail in many ways
+        cause = first_line(error.__cause__ or error)
+        sys.exit(f"--dataset {dataset} --split {split} cannot be read ({cause}); give a hub id, a folder or a file")
+    if missing := {"query", "response"} - set(rows.column_names):
+        columns = ", ".join(rows.column_names)
+        sys.exit(f"--dataset {dataset}: no column {' or '.join(sorted(missing))} among {columns}; rename its columns")
+    return rows
+
+
+def find_trailing_header(tokenizer):
+    """The assistant header that the template puts behind *every* conversation; "" if it does not.
+
+    LLaDA's template ignores `add_generation_prompt` and always ends with the header. What the header is
+    shows where an assistant turn stands alone; a template that refuses such a turn is an ordinary one.
+    """
+    probe = "assistant-turn-probe"
+    try:
+        alone = tokenizer.apply_chat_template([{"role": "assistant", "content": probe}], tokenize=False)
+        question = tokenizer.apply_chat_template([{"role": "user", "content": probe}], tokenize=False)
+    except TemplateError:
+        return ""
+    header = alone.partition(probe)[0].removeprefix(tokenizer.bos_token or "")
+    return header if question.endswith(header) else ""
+
+
+def render(tokenizer, header, queries, responses):
+    """Prompts (with the assistant header) and whole conversations (without a trailing one), as text.
+
+    Raises:
+        SystemExit: if a conversation does not begin with its prompt, so that there is no boundary.
+    """
+    users = [[{"role": "user", "content": PROMPT.format(query=query)}] for query in queries]
+    whole = [
+        user + [{"role": "assistant", "content": response}] for user, response in zip(users, responses, strict=True)
+    ]
+    prompts = tokenizer.apply_chat_template(users, tokenize=False, add_generation_prompt=True)
+    texts = [text.removesuffix(header) for text in tokenizer.apply_chat_template(whole, tokenize=False)]
+    for prompt, text in zip(prompts, texts, strict=True):
+        if not text.startswith(prompt):
+            sys.exit(
+                f"--model {tokenizer.name_or_path}: its chat template does not continue the prompt {prompt[-60:]!r} "
+                f"with the answer but renders {text[-200:]!r}; use a template whose conversations begin with the prompt"
+            )
+    return prompts, texts
+
+
+def encode(tokenizer, prompts, texts):
+    """Samples `{"prompt_len": int, "full_ids": LongTensor}`, one per text.
+
+    Each conversation is encoded once, as a whole; its prompt is the tokens that start before the prompt text ends.
+    Differs from the published script (P6): there the prompt was encoded alone, which is off by one where a
+    tokenizer joins characters across the boundary, and 2 for every row on transformers 5.
+    """
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True)
+    return [
+        {"prompt_len": bisect_left(offsets, (len(prompt),)), "full_ids": torch.tensor(ids)}
+        for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+
+
+def is_text(value):
+    return isinstance(value, str) and bool(value.strip())
+
+
+def process(batch, tokenizer, header, max_len, filter_type):
+    """What becomes of each row of a batch (dict of columns): [("kept", sample) or (why not, None)]."""
+    kinds = batch.get("type") or [None] * len(batch["query"])
+    outcomes = []
+    for kind, query, response in zip(kinds, batch["query"], batch["response"], strict=True):
+        filtered = bool(filter_type) and isinstance(kind, str) and filter_type in kind
+        whole = is_text(query) and is_text(response)
+        outcomes.append("filtered by type" if filtered else "kept" if whole else "malformed")
+    chosen = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
+    samples = [None] * len(outcomes)
+    if chosen:
+        texts = render(tokenizer, header, [batch["query"][i] for i in chosen], [batch["response"][i] for i in chosen])
+        for i, sample in zip(chosen, encode(tokenizer, *texts), strict=True):
+            if len(sample["full_ids"]) <= max_len:
+                samples[i] = sample
+            else:
+                outcomes[i] = "too long"
+    return zip(outcomes, samples, strict=True)
+
+
+def preprocess(rows, tokenizer, max_len, max_samples, filter_type):
+    """Render, encode and filter `rows` (a `datasets.Dataset`) in order, until `max_samples` (0 = all) are kept.
+
+    Returns:
+        samples: list of `{"prompt_len": int, "full_ids": LongTensor of at most max_len ids}`.
+        counts: dict of rows read, filtered by type, malformed, too long, kept.
+    """
+    header = find_trailing_header(tokenizer)
+    counts = dict.fromkeys(("read", "filtered by type", "malformed", "too long", "kept"), 0)
+    samples = []
+    with tqdm(total=len(rows), unit=" rows", desc="preprocess") as bar:
+        for batch in rows.iter(BATCH_ROWS):
+            for outcome, sample in process(batch, tokenizer, header, max_len, filter_type):
+                bar.update()
+                counts["read"] += 1
+                counts[outcome] += 1
+                if sample:
+                    samples.append(sample)
+                    if len(samples) == max_samples:
+                        return samples, counts
+    return samples, counts
+
+
+def save(samples, file, output):
+    """Write `samples` to the open temporary `file` and rename it to `output`, which so appears only when whole."""
+    try:
+        with file:
+            torch.save(samples, file)
+        os.replace(file.name, output)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        sys.exit(f"--output {output} cannot be written ({first_line(error)}); free some space, or give another path")
+
+
+def report(samples, counts, tokenizer):
+    """Print the counts, the lengths and one sample, prompt and answer apart."""
+    lengths = [len(sample["full_ids"]) for sample in samples]
+    print("rows: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    print(f"tokens: longest {max(lengths)}, mean {sum(lengths) / len(lengths):.1f}")
+    prompt_len, full_ids = samples[0]["prompt_len"], samples[0]["full_ids"]
+    print(f"--- the first sample's prompt, {prompt_len} tokens:\n{tokenizer.decode(full_ids[:prompt_len])}")
+    print(f"--- its answer, {len(full_ids) - prompt_len} tokens:\n{tokenizer.decode(full_ids[prompt_len:])}\n---")
+
+
+def main():
+    args = parse_args(sys.argv[1:])
+    file = claim_output(args.output, args.overwrite)
+    try:
+        tokenizer = load_tokenizer(args.model)
+        rows = load_rows(args.dataset, args.split)
+        samples, counts = preprocess(rows, tokenizer, args.max_len, args.max_samples, args.filter_type)
+        if not samples:
+            outcome = ", ".join(f"{count} {name}" for name, count in counts.items())
+            sys.exit(f"no row is left ({outcome}); raise --max_len {args.max_len} or change --filter_type or --dataset")
+        save(samples, file, args.output)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing was written")
+    finally:
+        if os.path.exists(file.name):
+            os.remove(file.name)
+    report(samples, counts, tokenizer)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,389 @@
+"""Classical, full-sequence SFT of a masked diffusion LM: the twin of train_blockwise.py.
+
+    deepspeed --num_gpus 8 train_fullseq.py                        # eight GPUs
+    deepspeed --num_gpus 8 train_fullseq.py --SEED 43              # any constant below, for one run
+    python train_fullseq.py                                        # one process, GPU or CPU
+
+Each draw masks every token of one answer with probability t ~ U(MASK_PROB_EPS, 1). The loss is the cross-entropy of
+the masked tokens (Nie et al., "Large Language Diffusion Models", arXiv 2502.09992), averaged as in Blockwise SFT (Sun,
+Cai, Yang, Wang, arXiv 2508.19529), whose baseline it is. `diff` with train_blockwise.py shows the method alone.
+Shapes: B micro-batch, L MAX_LEN, V vocabulary, M supervised positions, N draws of the run.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import peft
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+# Model and data
+MODEL_NAME = "GSAI-ML/LLaDA-8B-Instruct"  # hub id or local folder
+MASK_ID = 126336  # LLaDA's <|mdm_mask|>
+PT_FILE = "MathQA_256.pt"  # written by pt.py
+MAX_SAMPLES = 300 * 32  # rows of PT_FILE, from its beginning
+MAX_LEN = 256  # tokens; shorter rows are padded, longer ones cut
+SEED = 42
+# Method
+MASK_PROB_EPS = 1e-3  # lowest t
+MASK_PADDING = False  # True shows [MASK] instead of padding, as decoding does
+# Training
+EPOCHS = 1
+MICRO_BSIZE = 32  # rows per GPU and forward
+GRAD_ACC = 1  # forwards per optimizer step
+TOTAL_TRAIN_STEPS = None  # None = MAX_SAMPLES * EPOCHS // (MICRO_BSIZE * GRAD_ACC), on any number of GPUs
+LR = 1e-5  # highest, after WARMUP_RATIO of the steps
+WARMUP_RATIO = 0.1
+GRAD_CLIP = 1.0  # 0 = off
+# LoRA
+LORA_RANK = 256
+LORA_ALPHA = None  # None = 2 * LORA_RANK
+LORA_DROPOUT = 0.05
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj"]  # linear layers by the end of their names
+# Output
+CKPT_DIR = "ckpts_fullseq_sft"  # prefix of {CKPT_DIR}_stepXXXX/ and {CKPT_DIR}_logs/
+SAVE_EVERY = None  # steps; None = at the end only; the last step is always saved
+
+CONSTANTS = [name for name in globals() if name.isupper()]
+ABLATION = []  # go into ablation_config.json
+RANGES = [  # type, lowest, highest, constants
+    (str, "!", "\U0010ffff", "MODEL_NAME PT_FILE CKPT_DIR"),
+    (list, ["!"], ["\U0010ffff"], "LORA_TARGETS"),
+    (bool, False, True, "MASK_PADDING"),
+    (int, 0, 2**32 - 1, "SEED MASK_ID"),
+    (
+        int,
+        1,
+        2**31,
+        "MAX_SAMPLES MAX_LEN EPOCHS MICRO_BSIZE GRAD_ACC TOTAL_TRAIN_STEPS LORA_RANK SAVE_EVERY",
+    ),
+    (float, 0, 1, "LR WARMUP_RATIO LORA_DROPOUT MASK_PROB_EPS"),
+    (float, 0, 1e6, "GRAD_CLIP LORA_ALPHA"),
+]
+
+
+def load_examples():
+    """The first MAX_SAMPLES rows of PT_FILE as [(prompt_len, ids)], ids cut to MAX_LEN; and how many had no answer.
+
+    Raises ValueError, naming the row, if the file is not what pt.py writes.
+    """
+    wrong = lambda why: ValueError(f"PT_FILE = {PT_FILE!r}: {why}; make it with pt.py")
+    try:
+        rows = torch.load(PT_FILE, weights_only=True)  # a pickle with code is refused
+    except Exception as error:
+        raise wrong(getattr(error, "strerror", None) or "damaged, or not written by pt.py") from error
+    if not isinstance(rows, list) or not rows:
+        raise wrong(f"must be a list of rows and is {rows!r:.40}")
+    for number, row in enumerate(rows):
+        prompt_len, ids = (row.get("prompt_len"), row.get("full_ids")) if isinstance(row, dict) else (None, None)
+        if not isinstance(ids, torch.Tensor) or ids.dtype != torch.long or ids.dim() != 1:
+            raise wrong(f"row {number} has full_ids {ids!r:.60}, which is no one-dimensional LongTensor")
+        if type(prompt_len) is not int or not 0 < prompt_len <= len(ids):
+            raise wrong(f"row {number} has prompt_len {prompt_len!r} of {len(ids)} ids")
+    cut = [(row["prompt_len"], row["full_ids"][:MAX_LEN]) for row in rows[:MAX_SAMPLES]]
+    # Differs from the published script (T11): both methods drop and count rows without an answer
+    examples = [(prompt_len, ids) for prompt_len, ids in cut if prompt_len < len(ids)]
+    return examples, len(cut) - len(examples)
+
+
+def schedule(examples, max_draws):
+    """Which sample each draw of the run trains, and 0, its only block; (max_draws, 2).
+
+    Pass after pass, every sample is visited once, in a new order.
+    """
+    rng = np.random.default_rng((SEED, 0, 1))  # a stream that no draw's noise has
+    passes = -(-max_draws // len(examples))
+    samples = np.concatenate([rng.permutation(len(examples)) for _ in range(passes)])[:max_draws]
+    return np.stack([samples, np.zeros_like(samples)], axis=1)
+
+
+def plan(examples, dropped, world_size):
+    """The run: draws (N, 2), as many as fill whole global batches, and its size in numbers."""
+    # Differs from the published script (T1, T3): all steps are taken on any number of GPUs, by every rank alike
+    global_batch = MICRO_BSIZE * GRAD_ACC * world_size
+    max_steps = TOTAL_TRAIN_STEPS or MAX_SAMPLES * EPOCHS // (MICRO_BSIZE * GRAD_ACC)
+    draws = schedule(examples, max_steps * global_batch)
+    steps, left_out = divmod(len(draws), global_batch)
+    draws = draws[: steps * global_batch]
+    numbers = {"samples": len(examples), "samples without an answer": dropped, "steps": steps}
+    numbers |= {"global batch": global_batch, "draws": len(draws), "draws left out": left_out}
+    numbers |= {"passes": round(len(draws) / len(examples), 2), "forward tokens": len(draws) * MAX_LEN}
+    return draws, numbers
+
+
+def make_batch(examples, draws, numbers, pad_id):
+    """The draws `numbers` as input_ids, noisy_ids and loss_mask, each (B, L)."""
+    picked = [(*examples[draws[number][0]], draws[number][1]) for number in numbers]
+    input_ids = torch.full((len(picked), MAX_LEN), pad_id)
+    for row, (_, ids, _) in zip(input_ids, picked, strict=True):
+        row[: len(ids)] = ids
+    fields = torch.tensor([(prompt_len, len(ids), block) for prompt_len, ids, block in picked]).T[..., None]
+    # Differs from the published script (T4): the noise of a draw is a function of SEED and its number alone
+    noise = [np.random.default_rng((SEED, number)).random(MAX_LEN + 1, dtype=np.float32) for number in numbers]
+    return input_ids, *corrupt(input_ids, *fields, torch.from_numpy(np.stack(noise)))
+
+
+def corrupt(input_ids, prompt_len, length, block, noise):
+    """Show the answer masked at rate t: every token of it alike.
+
+    From input_ids (B, L), the (B, 1) prompt_len, length and block (0), and noise (B, 1 + L) uniform on [0, 1) to
+    noisy_ids (B, L) and loss_mask (B, L), True = supervised: the masked tokens of the answer.
+    """
+    pos = torch.arange(input_ids.shape[1])  # (L,)
+    t = MASK_PROB_EPS + (1 - MASK_PROB_EPS) * noise[:, :1]  # (B, 1)
+    answer = (prompt_len <= pos) & (pos < length)  # (B, L)
+    p_mask = t * answer + MASK_PADDING * (length <= pos)
+    masked = noise[:, 1:] < p_mask  # True = shown as [MASK]
+    return input_ids.masked_fill(masked, MASK_ID), masked & answer
+
+
+def supervised_loss(model, input_ids, noisy_ids, loss_mask):
+    """Mean over rows of the mean cross-entropy over the row's masked positions; a row without any counts as 0.
+
+    With t ~ U(0, 1) this is the 1/t-weighted bound over (answer length + 1), so there is no weight 1/t. A hook drops
+    all other positions on their way into the head. input_ids, noisy_ids, loss_mask: (B, L).
+    """
+    select = lambda _, inputs: (inputs[0][loss_mask],) if inputs[0].is_floating_point() else None
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    logits = model(input_ids=noisy_ids).logits
+    hook.remove()
+    logits = logits[loss_mask] if logits.dim() == 3 else logits  # a head tied to the embedding bypasses the hook
+    nll = cross_entropy(logits.float(), input_ids[loss_mask], reduction="none")  # (M,)
+    row = loss_mask.nonzero()[:, 0]  # (M,)
+    return (nll / loss_mask.sum(1)[row]).sum() / len(input_ids)
+
+
+def match_targets(model):
+    """The linear layers that each of LORA_TARGETS matches, {target: [names]}; never the LM head."""
+    head = model.get_output_embeddings()
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in LORA_TARGETS}
+
+
+def build_model(device):
+    """The base model in bf16, loaded straight to `device`, with the same new adapter on every rank."""
+    load = {"trust_remote_code": True, "dtype": torch.bfloat16, "device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(MODEL_NAME, **load)
+    targets = [name for names in match_targets(model).values() for name in names]
+    alpha = 2 * LORA_RANK if LORA_ALPHA is None else LORA_ALPHA
+    torch.manual_seed(SEED)
+    lora = peft.LoraConfig(r=LORA_RANK, lora_alpha=alpha, lora_dropout=LORA_DROPOUT, target_modules=targets)
+    return peft.get_peft_model(model, lora)
+
+
+def ds_config(steps):
+    """DeepSpeed's configuration: ZeRO-2, bf16, AdamW, logarithmic warm-up and cosine decay over `steps`."""
+    warmup = max(1, int(WARMUP_RATIO * steps))  # Differs from the published script (T14): 0 is refused
+    buckets = {"allgather_bucket_size": int(2e8), "reduce_bucket_size": int(2e8), "contiguous_gradients": True}
+    adamw = {"lr": LR, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True}  # not compiled
+    cosine = {"total_num_steps": steps, "warmup_num_steps": warmup, "cos_min_ratio": 0.01}
+    return {
+        "train_micro_batch_size_per_gpu": MICRO_BSIZE,
+        "gradient_accumulation_steps": GRAD_ACC,
+        "gradient_clipping": GRAD_CLIP,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_scatter": True, **buckets},
+        "optimizer": {"type": "AdamW", "params": adamw},
+        "scheduler": {"type": "WarmupCosineLR", "params": cosine},
+    }
+
+
+@torch.no_grad()
+def merge(model):
+    """The base model's weights on the host, under their own names, adapted ones as W + alpha / r * B A.
+
+    The sum is taken in float32, layer by layer, and cast to W's type; `model`, a PeftModel, is left as it is.
+    """
+    base = model.get_base_model()
+    weights = base.state_dict().items()
+    merged = {name.replace(".base_layer.", "."): weight.cpu() for name, weight in weights if ".lora_" not in name}
+    for name, layer in base.named_modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
+            weight = layer.base_layer.weight.float() + layer.scaling["default"] * (b @ a)
+            merged[f"{name}.weight"] = weight.to(layer.base_layer.weight.dtype).cpu()
+    return merged
+
+
+def unused(path):
+    """`path`, or the first of `path`-v2, `path`-v3, ... that does not exist."""
+    return next(name for n in count(1) if not os.path.exists(name := path if n == 1 else f"{path}-v{n}"))
+
+
+def save_checkpoint(model, tokenizer, path):
+    """Write the merged model and its tokenizer to the folder `path`, which appears only when whole."""
+    partial = f"{path}.partial"
+    try:
+        model.get_base_model().save_pretrained(partial, state_dict=merge(model), max_shard_size="5GB")
+        tokenizer.save_pretrained(partial)
+        os.rename(partial, path)
+    except (OSError, SafetensorError) as error:
+        sys.exit(f"{path} cannot be written ({error!r:.300}); free some space or give another CKPT_DIR")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_overrides(argv):
+    """Set the constants given as `--NAME VALUE`, lists as a,b; returns messages about words that are no constant."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--local_rank", help="given by the launcher")
+    for name in CONSTANTS:
+        parser.add_argument(f"--{name}", metavar="VALUE", help=f"now {globals()[name]}")
+    given, unknown = parser.parse_known_args(argv)
+    for name in CONSTANTS:
+        if (text := getattr(given, name)) is not None:
+            read = {str: str, list: lambda text: text.split(",")}.get(type(globals()[name]), ast.literal_eval)
+            try:
+                globals()[name] = read(text)
+            except (ValueError, SyntaxError):
+                globals()[name] = text  # of the wrong type, as check_constants will say
+    return [f"{word}: no constant of this script; --help lists them" for word in unknown]
+
+
+def check_constants():
+    """Yields a message for every constant of the wrong type or out of its range."""
+    for kind, low, high, names in RANGES:
+        for name in names.split():
+            value, optional = globals()[name], name in ("TOTAL_TRAIN_STEPS", "SAVE_EVERY", "LORA_ALPHA")
+            typed = type(value) is kind or (kind is float and type(value) is int)
+            if not (typed and low <= value <= high) and not (optional and value is None):
+                yield f"{name} = {value!r}: must be {kind.__name__}, {low!r} to {high!r}{' or None' * optional}"
+
+
+def check_model(examples):
+    """Yields what is wrong with MODEL_NAME, and where it does not fit the constants, the examples or the disk."""
+    name, remake = f"MODEL_NAME = {MODEL_NAME!r}", f"make it with pt.py --model {MODEL_NAME}"
+    try:
+        config = AutoConfig.from_pretrained(MODEL_NAME, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(MODEL_NAME, trust_remote_code=True, fix_mistral_regex=False)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    except Exception as error:  # the hub, the folder and remote code fail in many ways
+        yield f"{name} cannot be loaded ({error!r:.300}); give a hub id or a folder with model and tokenizer"
+        return
+    if os.path.isdir(MODEL_NAME) and not any(f.endswith((".safetensors", ".bin")) for f in os.listdir(MODEL_NAME)):
+        yield f"{name}: the folder has no weights (*.safetensors); complete it"
+    mask_id, vocabulary = getattr(config, "mask_token_id", None), model.get_input_embeddings().num_embeddings
+    if mask_id not in (None, MASK_ID) or vocabulary <= MASK_ID:
+        yield f"MASK_ID = {MASK_ID}: the mask token of {name} is {mask_id} of {vocabulary}; set MASK_ID to it"
+    matched = {target: len(names) for target, names in match_targets(model).items()}
+    print(f"LoRA layers: {matched}" + " (warning: 0 matches nothing)" * (0 in matched.values()))
+    if not any(matched.values()):
+        yield f"LORA_TARGETS = {LORA_TARGETS}: none matches a linear layer of {name}; give other names"
+    if any(MASK_ID in ids or ids.min() < 0 or ids.max() >= vocabulary for _, ids in examples):
+        yield f"PT_FILE = {PT_FILE!r} has MASK_ID in it, or ids outside the {vocabulary} of {name}; {remake}"
+    texts = [(ids.tolist(), tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for _, ids in examples[:32]]
+    if texts and all(ids != tokenizer.encode(text, add_special_tokens=False) for ids, text in texts):
+        yield f"PT_FILE = {PT_FILE!r} was made with another tokenizer than that of {name}; {remake}"
+    needed = 2 * model.num_parameters()  # bytes
+    folder = next(folder for folder in Path(CKPT_DIR).absolute().parents if os.path.lexists(folder))
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or shutil.disk_usage(folder).free < needed:
+        yield f"CKPT_DIR = {CKPT_DIR!r}: {folder} is no writable folder with {needed / 1e9:.2f} GB free; give another"
+
+
+def preflight(world_size):
+    """What is wrong, one message each, all found before the weights are loaded."""
+    if problems := list(check_constants()):
+        return problems
+    try:
+        examples, dropped = load_examples()
+    except ValueError as error:
+        return [str(error), *check_model([])]
+    problems = list(check_model(examples))
+    if len(examples) < MICRO_BSIZE:
+        problems += [f"MICRO_BSIZE = {MICRO_BSIZE}: {PT_FILE} has {len(examples)} rows with an answer; lower it"]
+    elif not plan(examples, dropped, world_size)[1]["steps"]:
+        problems += [f"no whole step of MICRO_BSIZE * GRAD_ACC * {world_size} ranks; lower them or raise MAX_SAMPLES"]
+    return problems
+
+
+def start_records(examples, draws, numbers, pad_id, world_size):
+    """Print the run's numbers; write ds_zero2.json and {logs}/{run,ablation}_config.json; -> logs, a new folder."""
+    parts = np.array_split(range(len(draws)), numbers["steps"])
+    numbers["supervised tokens"] = sum(int(make_batch(examples, draws, part, pad_id)[2].sum()) for part in parts)
+    print(", ".join(f"{number:,} {name}" for name, number in numbers.items()))
+    if numbers["steps"] < 3:  # (T14)
+        print("warning: the first two steps have learning rate 0, so this run trains nothing")
+    os.makedirs(logs := unused(f"{CKPT_DIR}_logs"))
+    run = {"constants": {name: globals()[name] for name in CONSTANTS}, "numbers": numbers, "world_size": world_size}
+    run["versions"] = {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft", "numpy")}
+    run["pt_sha256"] = hashlib.sha256(Path(PT_FILE).read_bytes()).hexdigest()
+    files = {"ds_zero2.json": ds_config(numbers["steps"]), f"{logs}/run_config.json": run}
+    if ABLATION:
+        files[f"{logs}/ablation_config.json"] = {name: globals()[name] for name in ABLATION}
+    for path, content in files.items():
+        Path(f"{path}.partial").write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(f"{path}.partial", path)
+    return logs
+
+
+def main():
+    problems = read_overrides(sys.argv[1:])
+    if "RANK" not in os.environ:  # no launcher, one process
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if local_rank == 0 and (problems := problems + preflight(world_size)):
+        sys.exit("\n".join(problems))
+    deepspeed.utils.logger.setLevel("ERROR")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # CPU ranks talk through gloo, nothing is compiled
+    deepspeed.init_distributed()  # the other ranks wait here
+    deepspeed.get_accelerator().set_device(local_rank)
+    device = torch.device(deepspeed.get_accelerator().device_name(local_rank))
+
+    examples, dropped = load_examples()
+    draws, numbers = plan(examples, dropped, world_size)
+    steps = numbers["steps"]
+    shares = np.arange(len(draws)).reshape(steps, GRAD_ACC, world_size, MICRO_BSIZE)[:, :, rank]  # of this rank
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_NAME, trust_remote_code=True, fix_mistral_regex=False)
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model = build_model(device)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=ds_config(steps))
+    torch.manual_seed(SEED + rank)  # of dropout, the one thing that depends on the number of ranks
+
+    logs = start_records(examples, draws, numbers, pad_id, world_size) if rank == 0 else None
+    with open(f"{logs}/train_loss.csv" if rank == 0 else os.devnull, "w", buffering=1) as log:
+        log.write("step,loss\n")
+        for step in (bar := tqdm(range(1, steps + 1), unit=" steps", disable=rank != 0)):
+            loss_sum = torch.zeros((), device=device)
+            for share in shares[step - 1]:
+                batch = [tensor.to(device) for tensor in make_batch(examples, draws, share, pad_id)]
+                loss = supervised_loss(engine, *batch)
+                engine.backward(loss)
+                lr = engine.get_lr()[0]
+                engine.step()
+                loss_sum += loss.detach() / (GRAD_ACC * world_size)
+            deepspeed.comm.all_reduce(loss_sum)  # (T16) the mean over micro-batches and ranks
+            log.write(f"{step},{loss_sum.item():.6f}\n")
+            speed = numbers["global batch"] * MAX_LEN * (bar.format_dict["rate"] or 0)
+            bar.set_postfix(loss=f"{loss_sum.item():.3f}", lr=f"{lr:.1e}", tok_s=f"{speed:,.0f}")
+            if step == steps or (SAVE_EVERY and step % SAVE_EVERY == 0):
+                if rank == 0:
+                    path = unused(f"{CKPT_DIR}_step{step:04d}{logs.removeprefix(f'{CKPT_DIR}_logs')}")
+                    save_checkpoint(model, tokenizer, path)
+                deepspeed.comm.barrier()
+    if rank == 0:
+        print(f"{steps} steps, {numbers['supervised tokens']:,} supervised tokens; saved {path}, logged to {logs}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except torch.OutOfMemoryError:
+        sys.exit("the GPU's memory is full; lower MICRO_BSIZE and raise GRAD_ACC by the same factor")
+    except (KeyboardInterrupt, OSError) as error:
+        sys.exit(f"stopped: {error!r:.300}")
