@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
 from itertools import count
@@ -119,10 +120,9 @@ def plan(examples, dropped, world_size):
     draws = schedule(examples, max_steps * global_batch)
     steps, left_out = divmod(len(draws), global_batch)
     draws = draws[: steps * global_batch]
-    numbers = {"samples": len(examples), "samples without an answer": dropped, "steps": steps}
-    numbers |= {"global batch": global_batch, "draws": len(draws), "draws left out": left_out}
-    numbers |= {"passes": round(len(draws) / len(examples), 2), "forward tokens": len(draws) * MAX_LEN}
-    return draws, numbers
+    numbers = {"samples": len(examples), "samples without an answer": dropped, "passes": len(draws) / len(examples)}
+    numbers |= {"steps": steps, "global batch": global_batch, "draws": len(draws), "draws left out": left_out}
+    return draws, numbers | {"forward tokens": len(draws) * MAX_LEN}
 
 
 def make_batch(examples, draws, numbers, pad_id):
@@ -315,7 +315,7 @@ def start_records(examples, draws, numbers, pad_id, world_size):
     """Print the run's numbers; write ds_zero2.json and {logs}/{run,ablation}_config.json; -> logs, a new folder."""
     parts = np.array_split(range(len(draws)), numbers["steps"])
     numbers["supervised tokens"] = sum(int(make_batch(examples, draws, part, pad_id)[2].sum()) for part in parts)
-    print(", ".join(f"{number:,} {name}" for name, number in numbers.items()))
+    print(", ".join(f"{round(number, 2):,} {name}" for name, number in numbers.items()))
     if numbers["steps"] < 3:  # (T14)
         print("warning: the first two steps have learning rate 0, so this run trains nothing")
     os.makedirs(logs := unused(f"{CKPT_DIR}_logs"))
@@ -339,6 +339,7 @@ def main():
     if local_rank == 0 and (problems := problems + preflight(world_size)):
         sys.exit("\n".join(problems))
     deepspeed.utils.logger.setLevel("ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # CPU ranks talk through gloo, nothing is compiled
     deepspeed.init_distributed()  # the other ranks wait here
     deepspeed.get_accelerator().set_device(local_rank)
@@ -351,8 +352,8 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(MODEL_NAME, trust_remote_code=True, fix_mistral_regex=False)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model = build_model(device)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=ds_config(steps))
+    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=adapter, config=ds_config(steps))
     torch.manual_seed(SEED + rank)  # of dropout, the one thing that depends on the number of ranks
 
     logs = start_records(examples, draws, numbers, pad_id, world_size) if rank == 0 else None

@@ -22,11 +22,11 @@ from itertools import count
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
 from toy_llada.configuration_llada import LLaDAConfig
 from toy_llada.modeling_llada import LLaDAModelLM
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 EXPERIMENTS = os.path.dirname(os.path.abspath(__file__))
 SUITE = os.path.dirname(EXPERIMENTS)
@@ -38,10 +38,10 @@ from pt import PROMPT  # noqa: E402
 TRAIN_ROWS, TEST_ROWS, PRETRAIN_ROWS = 800, 100, 4000
 BPE_TOKENS = 1500  # before the special tokens; the ids up to LLaDA's special tokens are fillers
 # The toy's model
-SHAPE = {"d_model": 128, "n_layers": 4, "n_heads": 4, "mlp_hidden_size": 384, "max_sequence_length": 1024}
-PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LEN, PRETRAIN_LR = 200, 32, 192, 3e-3
+SHAPE = {"d_model": 96, "n_layers": 3, "n_heads": 4, "mlp_hidden_size": 256, "max_sequence_length": 1024}
+PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LEN, PRETRAIN_LR = 800, 8, 192, 2e-3
 # The toy's training runs: the suite's constants but for these
-RUN = {"MAX_SAMPLES": 400, "MICRO_BSIZE": 4, "TOTAL_TRAIN_STEPS": 60, "LR": 1e-3, "LORA_RANK": 32}
+RUN = {"MICRO_BSIZE": 4, "TOTAL_TRAIN_STEPS": 80, "LR": 2e-3, "LORA_RANK": 32}
 
 # ---------------------------------------------------------------------------- word problems
 
@@ -56,8 +56,8 @@ def shop(rng):
     first, more, price, rent = rng.randint(5, 40), rng.randint(2, 20), rng.randint(2, 9), rng.randint(3, 12)
     second, sold = first + more, 2 * first + more
     return (
-        f"{name} has a market stall and sells {item} for ${price} each. On Saturday {name} sells {first} {item}, and on "
-        f"Sunday {more} more than on Saturday. The stall costs ${rent} for the weekend. How much money is left?",
+        f"{name} has a market stall and sells {item} for ${price} each. On Saturday {name} sells {first} {item}, "
+        f"and on Sunday {more} more than on Saturday. The stall costs ${rent} for the weekend. How much money is left?",
         [
             f"On Saturday {name} sells {first} {item}.",
             f"On Sunday {name} sells {more} more than on Saturday, which is {first} + {more} = {second} {item}.",
@@ -75,8 +75,8 @@ def savings(rng):
     weekly = pocket + chores
     saved = weekly * weeks
     return (
-        f"Every week {name} gets ${pocket} of pocket money and earns ${chores} more with chores. {name} saves all of it "
-        f"for {weeks} weeks, then receives ${gift} as a birthday gift and spends ${spent} on a book. How much is saved?",
+        f"Every week {name} gets ${pocket} of pocket money and earns ${chores} more with chores. {name} saves all "
+        f"of it for {weeks} weeks, then gets ${gift} as a birthday gift and spends ${spent} on a book. What is saved?",
         [
             f"Every week {name} saves the pocket money and the money from chores, {pocket} + {chores} = ${weekly}.",
             f"In {weeks} weeks that makes {weekly} * {weeks} = ${saved} of savings.",
@@ -111,8 +111,8 @@ def shelves(rng):
     lent, bought = rng.randint(2, 15), rng.randint(2, 30)
     books = rows * each
     return (
-        f"A library room has {rows} shelves with {each} books on every shelf. {name} lends {lent} of the books to a school "
-        f"and then buys {bought} new ones. Half of a shelf stays empty. How many books are in the room now?",
+        f"A library room has {rows} shelves with {each} books on every shelf. {name} lends {lent} of the books to a "
+        f"school and then buys {bought} new ones. Half of a shelf stays empty. How many books are in the room now?",
         [
             f"At first there are {rows} shelves with {each} books each, which is {rows} * {each} = {books} books.",
             f"{name} lends {lent} books to the school, so {books} - {lent} = {books - lent} books are left.",
@@ -131,8 +131,8 @@ def bakery(rng):
     rest = (baked - burnt) % guests
     share = (baked - burnt) // guests
     return (
-        f"{name} bakes {trays} trays of {each} cookies. Of all the cookies {burnt} are burnt and thrown away. The others are "
-        f"shared equally by {guests} guests, and {name} eats what cannot be shared. How many cookies does each guest get?",
+        f"{name} bakes {trays} trays of {each} cookies. Of all the cookies {burnt} are burnt and thrown out. The "
+        f"others are shared equally by {guests} guests, and {name} eats what is left over. How many does each guest get?",
         [
             f"{name} bakes {trays} trays of {each} cookies, which is {trays} * {each} = {baked} cookies.",
             f"Without the burnt ones {baked} - {burnt} = {baked - burnt} cookies are left.",
@@ -149,8 +149,8 @@ def garden(rng):
     gate = rng.randint(1, 4)
     around = 2 * (length + width)
     return (
-        f"{name} wants a fence around a garden that is {length} meters long and {width} meters wide, with an opening of "
-        f"{gate} meters for the gate. A meter of fence costs ${price}. How much does the whole fence cost?",
+        f"{name} wants a fence around a garden that is {length} meters long and {width} meters wide, with an opening "
+        f"of {gate} meters for the gate. A meter of fence costs ${price}. How much does the whole fence cost?",
         [
             f"One long side and one short side together are {length} + {width} = {length + width} meters.",
             f"The garden has two of each, so the way around it is 2 * {length + width} = {around} meters.",
@@ -282,14 +282,17 @@ def build(folder, seed=0):
     """Make `folder`/model and `folder`/data; both appear only when whole.
 
     Raises:
-        SystemExit: if one of them exists already.
+        SystemExit: if one of them exists already, or `folder` cannot be written.
     """
     for name in ("model", "data"):
         if os.path.exists(os.path.join(folder, name)):
             sys.exit(f"{os.path.join(folder, name)} exists already; give --build another folder")
     partial = os.path.join(folder, f"partial-{os.getpid()}")
     data, target = os.path.join(partial, "data"), os.path.join(partial, "model")
-    os.makedirs(data)
+    try:
+        os.makedirs(data)
+    except OSError as error:
+        sys.exit(f"--build {folder} cannot be written ({error.strerror}); give another folder")
     rng, generator, seen = random.Random(seed), torch.Generator().manual_seed(seed), set()
     torch.manual_seed(seed)
     for name, rows in (("train", TRAIN_ROWS), ("test", TEST_ROWS)):
@@ -310,7 +313,99 @@ def build(folder, seed=0):
     os.rmdir(partial)
 
 
+# ---------------------------------------------------------------------------- the run
+
+
+def launch(arguments, folder):
+    """Run a script of the suite in `folder` as a user would; returns the seconds it took.
+
+    Raises:
+        SystemExit: if it fails.
+    """
+    scripts = os.path.dirname(sys.executable)
+    environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"], "HF_HUB_OFFLINE": "1"}
+    print(f"\n$ {' '.join(arguments)}", flush=True)
+    start = time.time()
+    status = subprocess.run(arguments, cwd=folder, env=environment).returncode
+    if status:
+        sys.exit(f"{arguments[0]} ended with status {status}, see above; what was made so far is in {folder}")
+    return time.time() - start
+
+
+def train(script, folder, ranks):
+    """Train with `script` through the launcher; a row of the closing table."""
+    flags = [word for name, value in RUN.items() for word in (f"--{name}", str(value))]
+    flags += ["--MODEL_NAME", "model", "--PT_FILE", "train.pt", "--CKPT_DIR", script]
+    command = ["deepspeed", "--num_gpus", str(ranks), os.path.join(SUITE, f"train_{script}.py"), *flags]
+    seconds = launch(command, folder)
+    with open(os.path.join(folder, f"{script}_logs", "run_config.json")) as file:
+        numbers = json.load(file)["numbers"]
+    with open(os.path.join(folder, f"{script}_logs", "train_loss.csv")) as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    checkpoint = os.path.join(folder, f"{script}_step{numbers['steps']:04d}")
+    size = sum(os.path.getsize(path) for path in glob.glob(os.path.join(checkpoint, "*")))
+    return {
+        "model": script,
+        "steps": numbers["steps"],
+        "loss, first 5 steps": f"{sum(losses[:5]) / 5:.2f}",
+        "last 5 steps": f"{sum(losses[-5:]) / 5:.2f}",
+        "held-out block loss": f"{held_out_loss(checkpoint, folder):.2f}",
+        "supervised tokens": f"{numbers['supervised tokens']:,}",
+        "checkpoint": f"{size / 1e6:.0f} MB",
+        "time": f"{seconds:.0f} s",
+    }
+
+
+@torch.no_grad()
+def held_out_loss(checkpoint, folder, batch_rows=8):
+    """Load `checkpoint` back and take the blockwise loss of every block of the test problems, noise fixed."""
+    import train_blockwise
+
+    train_blockwise.PT_FILE = os.path.join(folder, "test.pt")
+    examples, _ = train_blockwise.load_examples()
+    draws = train_blockwise.schedule(examples, max_draws=sys.maxsize)
+    pad_id = AutoTokenizer.from_pretrained(checkpoint, fix_mistral_regex=False).pad_token_id
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
+    total = 0
+    for first in tqdm(range(0, len(draws), batch_rows), desc=f"held-out loss of {os.path.basename(checkpoint)}"):
+        numbers = range(first, min(first + batch_rows, len(draws)))
+        batch = train_blockwise.make_batch(examples, draws, numbers, pad_id)
+        total += train_blockwise.supervised_loss(model, *batch).item() * len(numbers)
+    return total / len(draws)
+
+
+def run(folder, ranks):
+    """Build, preprocess, train with both methods, load the checkpoints back; print the closing table."""
+    start = time.time()
+    build(folder)
+    print(f"built {folder}/model and {folder}/data in {time.time() - start:.0f} s")
+    pt = [sys.executable, os.path.join(SUITE, "pt.py"), "--model", "model"]
+    for split in ("train", "test"):
+        launch([*pt, "--dataset", f"data/{split}.jsonl", "--output", f"{split}.pt"], folder)
+    rows = [train(script, folder, ranks) for script in ("blockwise", "fullseq")]
+    base = {"model": "base", "held-out block loss": f"{held_out_loss(os.path.join(folder, 'model'), folder):.2f}"}
+    print("\n" + " | ".join(rows[0]))
+    for row in (base, *rows):
+        print(" | ".join(str(row.get(name, "")).rjust(len(name)) for name in rows[0]))
+    print(f"\nall of it in {time.time() - start:.0f} s; everything is in {folder}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", metavar="DIR", help="only build DIR/model and DIR/data")
+    parser.add_argument("--ranks", type=int, help="processes to train with (one a GPU, two without a GPU)")
+    args = parser.parse_args()
+    if args.ranks is not None and args.ranks < 1:
+        parser.error(f"--ranks {args.ranks}: must be at least 1")
+    if args.build:
+        build(args.build)
+        print(f"built {args.build}/model and {args.build}/data")
+        return
+    names = (os.path.join(EXPERIMENTS, "runs", "toy" if n == 1 else f"toy-v{n}") for n in count(1))
+    folder = next(name for name in names if not os.path.exists(name))
+    os.makedirs(folder)
+    run(folder, args.ranks or torch.cuda.device_count() or 2)
+
+
 if __name__ == "__main__":
-    t0 = time.time()
-    build(sys.argv[2])
-    print(time.time() - t0)
+    main()
