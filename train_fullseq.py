@@ -204,9 +204,9 @@ def ds_config(steps):
 
 @torch.no_grad()
 def merge(model):
-    """The base model's weights on the host, under their own names, adapted ones as W + alpha / r * B A.
+    """The PeftModel's base weights on the host, under their own names, adapted ones as W + alpha / r * B A.
 
-    The sum is taken in float32, layer by layer, and cast to W's type; `model`, a PeftModel, is left as it is.
+    The sum is taken in float32, layer by layer, and cast to W's type; `model` stays as it is.
     """
     base = model.get_base_model()
     weights = base.state_dict().items()
@@ -219,8 +219,7 @@ def merge(model):
     return merged
 
 
-def unused(path):
-    """`path`, or the first of `path`-v2, `path`-v3, ... that does not exist."""
+def unused(path):  # path, or the first of path-v2, path-v3, ... that does not exist
     return next(name for n in count(1) if not os.path.exists(name := path if n == 1 else f"{path}-v{n}"))
 
 

@@ -132,7 +132,7 @@ def bakery(rng):
     share = (baked - burnt) // guests
     return (
         f"{name} bakes {trays} trays of {each} cookies. Of all the cookies {burnt} are burnt and thrown out. The "
-        f"others are shared equally by {guests} guests, and {name} eats what is left over. How many does each guest get?",
+        f"others are shared equally by {guests} guests, and {name} eats what is left. How many does each guest get?",
         [
             f"{name} bakes {trays} trays of {each} cookies, which is {trays} * {each} = {baked} cookies.",
             f"Without the burnt ones {baked} - {burnt} = {baked - burnt} cookies are left.",
