@@ -155,18 +155,25 @@ def render(tokenizer, header, queries, responses):
     return prompts, texts
 
 
-def encode(tokenizer, prompts, texts):
-    """Samples `{"prompt_len": int, "full_ids": LongTensor}`, one per text.
+def encode(tokenizer, prompts, texts, max_len):
+    """One sample `{"prompt_len": int, "full_ids": LongTensor}` per text, None for texts of more than `max_len` tokens.
 
     Each conversation is encoded once, as a whole; its prompt is the tokens that start before the prompt text ends.
     Differs from the published script (P6): there the prompt was encoded alone, which is off by one where a
     tokenizer joins characters across the boundary, and 2 for every row on transformers 5.
     """
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True)
-    return [
-        {"prompt_len": bisect_left(offsets, (len(prompt),)), "full_ids": torch.tensor(ids)}
-        for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    samples = []
+    for prompt, ids, encoding in zip(prompts, encoded["input_ids"], encoded.encodings, strict=True):
+        sample = None
+        if len(ids) <= max_len:
+            start = lambda token, encoding=encoding: encoding.token_to_chars(token)[0]  # its first character
+            prompt_len = bisect_left(range(len(ids)), len(prompt), key=start)
+            sample = {"prompt_len": prompt_len, "full_ids": torch.tensor(ids)}
+        samples.append(sample)
+    return samples
 
 
 def is_text(value):
@@ -185,10 +192,9 @@ def process(batch, tokenizer, header, max_len, filter_type):
     samples = [None] * len(outcomes)
     if chosen:
         texts = render(tokenizer, header, [batch["query"][i] for i in chosen], [batch["response"][i] for i in chosen])
-        for i, sample in zip(chosen, encode(tokenizer, *texts), strict=True):
-            if len(sample["full_ids"]) <= max_len:
-                samples[i] = sample
-            else:
+        for i, sample in zip(chosen, encode(tokenizer, *texts, max_len), strict=True):
+            samples[i] = sample
+            if sample is None:
                 outcomes[i] = "too long"
     return zip(outcomes, samples, strict=True)
 

@@ -120,7 +120,7 @@ def schedule(examples, max_draws):
 
 
 def plan(examples, dropped, world_size):
-    """The run: draws (N, 2), as many as fill whole global batches, and its size in numbers."""
+    """The run: draws (N, 2), their numbers by (step, GRAD_ACC, rank, MICRO_BSIZE), and its size."""
     # Differs from the published script (T1, T3): all steps are taken on any number of GPUs, by every rank alike
     global_batch = MICRO_BSIZE * GRAD_ACC * world_size
     max_steps = TOTAL_TRAIN_STEPS or MAX_SAMPLES * EPOCHS // (MICRO_BSIZE * GRAD_ACC)
@@ -129,7 +129,8 @@ def plan(examples, dropped, world_size):
     draws = draws[: steps * global_batch]
     numbers = {"samples": len(examples), "samples without an answer": dropped, "passes": len(draws) / len(examples)}
     numbers |= {"steps": steps, "global batch": global_batch, "draws": len(draws), "draws left out": left_out}
-    return draws, numbers | {"forward tokens": len(draws) * MAX_LEN}
+    numbers["forward tokens"] = len(draws) * MAX_LEN
+    return draws, np.arange(len(draws)).reshape(steps, GRAD_ACC, world_size, MICRO_BSIZE), numbers
 
 
 def make_batch(examples, draws, numbers, pad_id):
@@ -165,8 +166,8 @@ def corrupt(input_ids, prompt_len, length, block, noise):
 def supervised_loss(model, input_ids, noisy_ids, loss_mask):
     """Mean over rows of the mean cross-entropy over the row's masked positions; a row without any counts as 0.
 
-    With t ~ U(0, 1) this is the 1/t-weighted bound over (block length + 1), so there is no weight 1/t. A hook drops
-    all other positions on their way into the head. input_ids, noisy_ids, loss_mask: (B, L).
+    With t ~ U(0, 1) over n tokens this is the 1/t-weighted bound divided by n + 1, so there is no weight 1/t. A hook
+    drops all other positions on their way into the head. input_ids, noisy_ids, loss_mask: (B, L).
     """
     select = lambda _, inputs: (inputs[0][loss_mask],) if inputs[0].is_floating_point() else None
     hook = model.get_output_embeddings().register_forward_pre_hook(select)
@@ -316,7 +317,7 @@ def preflight(world_size):
     problems = list(check_model(examples))
     if len(examples) < MICRO_BSIZE:
         problems += [f"MICRO_BSIZE = {MICRO_BSIZE}: {PT_FILE} has {len(examples)} rows with an answer; lower it"]
-    elif not plan(examples, dropped, world_size)[1]["steps"]:
+    elif not len(plan(examples, dropped, world_size)[0]):
         problems += [f"no whole step of MICRO_BSIZE * GRAD_ACC * {world_size} ranks; lower them or raise MAX_SAMPLES"]
     return problems
 
@@ -356,9 +357,8 @@ def main():
     device = torch.device(deepspeed.get_accelerator().device_name(local_rank))
 
     examples, dropped = load_examples()
-    draws, numbers = plan(examples, dropped, world_size)
+    draws, shares, numbers = plan(examples, dropped, world_size)
     steps = numbers["steps"]
-    shares = np.arange(len(draws)).reshape(steps, GRAD_ACC, world_size, MICRO_BSIZE)[:, :, rank]  # of this rank
     tokenizer = AutoTokenizer.from_pretrained(MODEL_NAME, trust_remote_code=True, fix_mistral_regex=False)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model = build_model(device)
@@ -371,7 +371,7 @@ def main():
         log.write("step,loss\n")
         for step in (bar := tqdm(range(1, steps + 1), unit=" steps", disable=rank != 0)):
             loss_sum = torch.zeros((), device=device)
-            for share in shares[step - 1]:
+            for share in shares[step - 1, :, rank]:
                 batch = [tensor.to(device) for tensor in make_batch(examples, draws, share, pad_id)]
                 loss = supervised_loss(engine, *batch)
                 engine.backward(loss)

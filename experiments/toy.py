@@ -32,7 +32,7 @@ EXPERIMENTS = os.path.dirname(os.path.abspath(__file__))
 SUITE = os.path.dirname(EXPERIMENTS)
 sys.path.insert(0, SUITE)
 
-from pt import PROMPT  # noqa: E402
+from pt import PROMPT
 
 # The toy's data
 TRAIN_ROWS, TEST_ROWS, PRETRAIN_ROWS = 800, 100, 4000

@@ -1,0 +1,150 @@
+"""LoRA's targets, the merge and the checkpoint."""
+
+import os
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file
+from toy_llada.configuration_llada import LLaDAConfig
+from toy_llada.modeling_llada import LLaDAModelLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def adapted(trainer, scale=0.3):
+    """The toy with an adapter whose B is not zero, as after training."""
+    model = trainer.build_model("cpu")
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    return model.to(torch.bfloat16)  # as DeepSpeed's engine does
+
+
+def base_weights(trainer):
+    return load_file(os.path.join(trainer.MODEL_NAME, "model.safetensors"))
+
+
+def test_merge_is_the_definition_and_touches_nothing_else(trainer):
+    trainer.LORA_RANK, trainer.LORA_ALPHA = 4, 6
+    model = adapted(trainer)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merged, base = trainer.merge(model), base_weights(trainer)
+    assert merged.keys() == base.keys()
+    for name, weight in base.items():
+        if name.removesuffix(".weight").endswith(("q_proj", "k_proj", "v_proj", "up_proj")):
+            prefix = f"base_model.model.{name.removesuffix('.weight')}"
+            a, b = (before[f"{prefix}.lora_{x}.default.weight"].double() for x in "AB")
+            exact = weight.double() + 6 / 4 * b @ a
+            assert (merged[name].double() - exact).abs().max() <= exact.abs().max() * 2**-8  # bf16's rounding
+            assert not torch.equal(merged[name], weight)
+        else:
+            assert torch.equal(merged[name], weight)
+        assert merged[name].dtype == torch.bfloat16
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_merged_model_computes_what_the_adapted_one_does(trainer):
+    model = adapted(trainer, scale=0.05).eval()
+    plain = AutoModelForCausalLM.from_pretrained(trainer.MODEL_NAME, trust_remote_code=True).float().eval()
+    ids = torch.randint(1500, (2, 20))
+    with torch.no_grad():
+        before = plain(input_ids=ids).logits
+        plain.load_state_dict({name: weight.float() for name, weight in trainer.merge(model).items()})
+        ours, theirs = plain(input_ids=ids).logits, model.float()(input_ids=ids).logits
+    assert (ours - theirs).abs().max() < 0.05 * (before - theirs).abs().max()
+
+
+def test_checkpoint_loads_by_itself(trainer, tmp_path):
+    model = adapted(trainer)
+    tokenizer = AutoTokenizer.from_pretrained(trainer.MODEL_NAME, fix_mistral_regex=False)
+    trainer.save_checkpoint(model, tokenizer, str(tmp_path / "a" / "checkpoint"))
+    assert os.listdir(tmp_path / "a") == ["checkpoint"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "checkpoint", trust_remote_code=True, dtype="auto")
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in trainer.merge(model).items())
+    again = AutoTokenizer.from_pretrained(tmp_path / "a" / "checkpoint", fix_mistral_regex=False)
+    assert (
+        again.chat_template == tokenizer.chat_template
+        and again("12 pens")["input_ids"] == tokenizer("12 pens")["input_ids"]
+    )
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(trainer, tmp_path, monkeypatch):
+    model = adapted(trainer)
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            assert os.path.exists(os.path.join(folder, "model.safetensors"))
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(SystemExit, match="No space left"):
+        trainer.save_checkpoint(model, Tokenizer(), str(tmp_path / "checkpoint"))
+    assert not os.listdir(tmp_path)
+
+
+def test_targets_never_reach_the_head(trainer):
+    """`ff_out` names a layer of every block and the LM head (T12)."""
+    trainer.LORA_TARGETS = ["ff_out", "q_proj", "gate_proj"]
+    model = AutoModelForCausalLM.from_pretrained(trainer.MODEL_NAME, trust_remote_code=True)
+    names = trainer.match_targets(model)
+    assert names["ff_out"] == [f"model.transformer.blocks.{i}.ff_out" for i in range(3)]
+    assert (len(names["q_proj"]), names["gate_proj"]) == (3, [])
+    trained = {n for n, p in trainer.build_model("cpu").named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 6 and all(".blocks." in name and ".lora_" in name for name in trained)
+
+
+def test_alpha_is_tied_to_the_rank(trainer):
+    for rank, alpha, scale in ((4, None, 2.0), (8, None, 2.0), (8, 4, 0.5)):
+        trainer.LORA_RANK, trainer.LORA_ALPHA = rank, alpha
+        layer = trainer.build_model("cpu").get_base_model().model.transformer.blocks[0].q_proj
+        assert layer.scaling["default"] == scale and layer.lora_A["default"].weight.shape[0] == rank
+
+
+def test_the_adapter_is_the_same_on_every_rank(trainer):
+    one, _, other = trainer.build_model("cpu").state_dict(), torch.rand(7), trainer.build_model("cpu").state_dict()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_unused_names(trainer, tmp_path):
+    path = str(tmp_path / "run")
+    for expected in (path, f"{path}-v2", f"{path}-v3"):
+        assert trainer.unused(path) == expected
+        os.mkdir(expected)
+
+
+def test_toy_llada_scales_to_the_real_shape():
+    with init_empty_weights():
+        model = LLaDAModelLM(LLaDAConfig())
+    names = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert sum(parameter.numel() for parameter in model.parameters()) == 8_015_581_184
+    assert names["model.transformer.blocks.31.ff_proj.weight"] == (12288, 4096)
+    assert names["model.transformer.ff_out.weight"] == (126464, 4096)
+
+
+def test_toy_llada_is_bidirectional_and_knows_positions():
+    torch.manual_seed(0)
+    model = LLaDAModelLM(
+        LLaDAConfig(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=32, vocab_size=40, init_std=0.3)
+    )
+    ids = torch.arange(8)[None]
+    changed = ids.clone()
+    changed[0, 7] = 30
+    logits = model.eval()(input_ids=ids).logits
+    assert (logits[0, 0] - model(input_ids=changed).logits[0, 0]).abs().max() > 1e-3  # the last token reaches the first
+    assert (logits[0] - model(input_ids=ids.flip(1)).logits[0].flip(0)).abs().max() > 1e-3
+    hidden = torch.ones(1, 8)
+    hidden[0, 7] = 0
+    masked = [model(input_ids=x, attention_mask=hidden).logits[0, :7] for x in (ids, changed)]
+    torch.testing.assert_close(*masked)
+
+
+def test_toy_rotary_attention_depends_on_distance_alone():
+    from toy_llada.modeling_llada import rotary_angles, rotate
+
+    config = LLaDAConfig(d_model=16, n_heads=2)
+    angles = rotary_angles(30, config, "cpu").double()
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 8)
+    scores = [(rotate(q, angles[i]) * rotate(k, angles[i + 4])).sum() for i in (0, 5, 20)]
+    torch.testing.assert_close(scores, [scores[0]] * 3)
+    assert (scores[0] - (q * k).sum()).abs() > 1e-3
