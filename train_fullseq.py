@@ -91,8 +91,8 @@ def load_examples():
         raise wrong(f"must be a list of rows and is {rows!r:.40}")
     for number, row in enumerate(rows):
         prompt_len, ids = (row.get("prompt_len"), row.get("full_ids")) if isinstance(row, dict) else (None, None)
-        if not isinstance(ids, torch.Tensor) or ids.dtype != torch.long or ids.dim() != 1:
-            raise wrong(f"row {number} has full_ids {ids!r:.60}, which is no one-dimensional LongTensor")
+        if not isinstance(ids, torch.Tensor) or ids.dtype != torch.long or ids.dim() != 1 or (ids < 0).any():
+            raise wrong(f"row {number} has full_ids {ids!r:.60}, which is no one-dimensional LongTensor of ids")
         if type(prompt_len) is not int or not 0 < prompt_len <= len(ids):
             raise wrong(f"row {number} has prompt_len {prompt_len!r} of {len(ids)} ids")
     cut = [(row["prompt_len"], row["full_ids"][:MAX_LEN]) for row in rows[:MAX_SAMPLES]]
@@ -242,7 +242,7 @@ def read_overrides(argv):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--local_rank", help="given by the launcher")
     for name in CONSTANTS:
-        parser.add_argument(f"--{name}", metavar="VALUE", help=f"now {globals()[name]}")
+        parser.add_argument(f"--{name}", metavar="VALUE", nargs="?", const="", help=f"now {globals()[name]}")
     given, unknown = parser.parse_known_args(argv)
     for name in CONSTANTS:
         if (text := getattr(given, name)) is not None:
@@ -284,7 +284,7 @@ def check_model(examples):
     print(f"LoRA layers: {matched}" + " (warning: 0 matches nothing)" * (0 in matched.values()))
     if not any(matched.values()):
         yield f"LORA_TARGETS = {LORA_TARGETS}: none matches a linear layer of {name}; give other names"
-    if any(MASK_ID in ids or ids.min() < 0 or ids.max() >= vocabulary for _, ids in examples):
+    if any(MASK_ID in ids or ids.max() >= vocabulary for _, ids in examples):
         yield f"PT_FILE = {PT_FILE!r} has MASK_ID in it, or ids outside the {vocabulary} of {name}; {remake}"
     texts = [(ids.tolist(), tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for _, ids in examples[:32]]
     if texts and all(ids != tokenizer.encode(text, add_special_tokens=False) for ids, text in texts):

@@ -1,0 +1,129 @@
+"""Runs as a user starts them, and what they leave behind."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import SUITE, flags, launch
+from safetensors.torch import load_file
+
+
+def data(toy_folder, **constants):
+    return flags(MODEL_NAME=toy_folder / "model", PT_FILE=toy_folder / "train.pt", LORA_RANK=4, **constants)
+
+
+def losses(folder):
+    with open(folder / "train_loss.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+    return [float(row["loss"]) for row in rows]
+
+
+def readme_snippet(word):
+    """The README's python block that contains `word`."""
+    blocks = re.findall(r"```python\n(.*?)```", (SUITE / "README.md").read_text(), re.S)
+    (block,) = [block for block in blocks if word in block]
+    return block
+
+
+def test_two_ranks_uneven_data_accumulation_and_an_early_end(toy_folder, tmp_path):
+    """7 rows on 2 ranks, micro-batches of 2, accumulated twice: every block once, then the end, and the checkpoint.
+
+    Fails on the published behaviour, which counts, logs and saves a micro-batch early (T2), hangs on uneven shards
+    (T3), takes fewer than 10 steps not at all (T14) and, ended early, saves nothing (T1).
+    """
+    rows = torch.load(toy_folder / "train.pt", weights_only=True)[:7]
+    torch.save(rows, tmp_path / "seven.pt")
+    constants = data(toy_folder, MICRO_BSIZE=2, GRAD_ACC=2, LR=1e-2, TOTAL_TRAIN_STEPS=100, SAVE_EVERY=2)
+    command = ["deepspeed", "--num_gpus", "2", SUITE / "train_blockwise.py", *constants, "--PT_FILE", "seven.pt"]
+    (tmp_path / "ckpts_stagewise_sft_32_logs").mkdir()  # a taken name
+    status, printed = launch(command, tmp_path)
+    assert status == 0, printed
+
+    blocks = sum(-(-(len(row["full_ids"]) - row["prompt_len"]) // 32) for row in rows)
+    steps = blocks // 8
+    assert 3 <= steps < 10
+    logs = tmp_path / "ckpts_stagewise_sft_32_logs-v2"
+    assert len(losses(logs)) == steps
+    assert not list((tmp_path / "ckpts_stagewise_sft_32_logs").iterdir())
+    saved = {path.name for path in tmp_path.iterdir() if "_step" in path.name}
+    due = {step for step in range(1, steps + 1) if step % 2 == 0} | {steps}
+    assert saved == {f"ckpts_stagewise_sft_32_step{step:04d}-v2" for step in due}
+
+    run = json.loads((logs / "run_config.json").read_text())
+    numbers = run["numbers"]
+    assert (run["world_size"], numbers["steps"], numbers["global batch"]) == (2, steps, 8)
+    assert (numbers["draws"], numbers["draws left out"]) == (8 * steps, blocks % 8)
+    assert run["constants"]["GRAD_ACC"] == 2 and len(run["pt_sha256"]) == 64 and run["versions"]["torch"]
+    ablation = json.loads((logs / "ablation_config.json").read_text())
+    assert ablation == {"PREFIX_MASK_RATE": 0.0, "SUFFIX_MASK_PROB": 1.0, "BLOCK_SIZE": 32}
+    scheduler = json.loads((tmp_path / "ds_zero2.json").read_text())["scheduler"]["params"]
+    assert scheduler["total_num_steps"] == steps
+
+    last = f"ckpts_stagewise_sft_32_step{steps:04d}-v2"
+    base, tuned = (load_file(folder / "model.safetensors") for folder in (toy_folder / "model", tmp_path / last))
+    changed = {name for name in base if not torch.equal(base[name], tuned[name])}
+    kinds = ("q_proj", "k_proj", "v_proj", "up_proj")
+    assert changed == {f"model.transformer.blocks.{i}.{kind}.weight" for i in range(3) for kind in kinds}
+    snippet = readme_snippet("from_pretrained")
+    snippet = re.sub(r'"ckpts_[^"]*"', repr(last), snippet).replace('"cuda"', '"cpu"') + "\nprint(logits.shape)"
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "126464" in done.stdout
+
+
+def test_ranks_share_a_global_batch_without_changing_it(toy_folder, tmp_path):
+    """One plain process with batch 4 and two launched ranks with batch 2: the same losses but for bf16's noise.
+
+    Fails on the published behaviour (T1, T4, T25). The plain process finds no compiler: nothing is compiled.
+    """
+    constants = data(toy_folder, TOTAL_TRAIN_STEPS=8, LR=5e-3, LORA_DROPOUT=0.0)
+    script = SUITE / "train_fullseq.py"
+    one = [sys.executable, script, *constants, *flags(MICRO_BSIZE=4, CKPT_DIR="one")]
+    status, printed = launch(one, tmp_path, CXX="/no/compiler", CC="/no/compiler", TORCH_EXTENSIONS_DIR="/no/cache")
+    assert status == 0, printed
+    two = ["deepspeed", "--num_gpus", "2", script, *constants, *flags(MICRO_BSIZE=2, CKPT_DIR="two")]
+    status, printed = launch(two, tmp_path)
+    assert status == 0, printed
+    assert printed.count("supervised tokens") == 2  # rank 0 alone speaks, at the start and at the end
+
+    first, second = losses(tmp_path / "one_logs"), losses(tmp_path / "two_logs")
+    assert len(first) == 8
+    assert max(abs(a - b) for a, b in zip(first, second, strict=True)) < 0.02
+    assert abs(first[0] - first[-1]) > 0.1  # the weights have moved by far more than that
+    runs = [json.loads((tmp_path / f"{name}_logs" / "run_config.json").read_text()) for name in ("one", "two")]
+    assert runs[0]["numbers"] == runs[1]["numbers"]
+    assert {"one_step0008", "two_step0008"} <= set(os.listdir(tmp_path))
+    assert not (tmp_path / "one_logs" / "ablation_config.json").exists()
+
+
+def test_ctrl_c_is_one_line_and_keeps_the_log(toy_folder, tmp_path):
+    command = [sys.executable, SUITE / "train_blockwise.py", *data(toy_folder, MICRO_BSIZE=2, TOTAL_TRAIN_STEPS=100)]
+    env = {**os.environ, "PYTHONPATH": ""}
+    run = subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log = tmp_path / "ckpts_stagewise_sft_32_logs" / "train_loss.csv"
+    deadline = time.time() + 200
+    while not (log.exists() and len(log.read_text().splitlines()) > 2):
+        assert time.time() < deadline and run.poll() is None, run.communicate()[0]
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    printed = run.communicate(timeout=60)[0]
+    assert run.returncode != 0
+    assert "Traceback" not in printed and printed.count("KeyboardInterrupt") == 1
+    assert len(losses(log.parent)) >= 2
+    assert not [name for name in os.listdir(tmp_path) if "_step" in name]
+
+
+@pytest.mark.parametrize("script", ["train_blockwise.py", "train_fullseq.py"])
+def test_scripts_stand_alone(script, tmp_path):
+    """Copied elsewhere, a trainer still runs: it needs nothing of this repository."""
+    (tmp_path / script).write_text((SUITE / script).read_text())
+    status, printed = launch([sys.executable, script, "--PT_FILE", "none.pt", "--MODEL_NAME", "none"], tmp_path)
+    assert status != 0 and "none.pt" in printed and "Traceback" not in printed
