@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from itertools import count
+from unittest import mock
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -361,8 +362,8 @@ def held_out_loss(checkpoint, folder, batch_rows=8):
     """Load `checkpoint` back and take the blockwise loss of every block of the test problems, noise fixed."""
     import train_blockwise
 
-    train_blockwise.PT_FILE = os.path.join(folder, "test.pt")
-    examples, _ = train_blockwise.load_examples()
+    with mock.patch.object(train_blockwise, "PT_FILE", os.path.join(folder, "test.pt")):
+        examples, _ = train_blockwise.load_examples()
     draws = train_blockwise.schedule(examples, max_draws=sys.maxsize)
     pad_id = AutoTokenizer.from_pretrained(checkpoint, fix_mistral_regex=False).pad_token_id
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
