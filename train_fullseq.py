@@ -205,10 +205,7 @@ def ds_config(steps):
 
 @torch.no_grad()
 def merge(model):
-    """The PeftModel's base weights on the host, under their own names, adapted ones as W + alpha / r * B A.
-
-    The sum is taken in float32, layer by layer, and cast to W's type; `model` stays as it is.
-    """
+    """The PeftModel's base weights on the host, adapted ones as W + alpha / r * B A, summed in float32 per layer."""
     base = model.get_base_model()
     weights = base.state_dict().items()
     merged = {name.replace(".base_layer.", "."): weight.cpu() for name, weight in weights if ".lora_" not in name}
@@ -238,7 +235,7 @@ def save_checkpoint(model, tokenizer, path):
 
 
 def read_overrides(argv):
-    """Set the constants given as `--NAME VALUE`, lists as a,b; returns messages about words that are no constant."""
+    """Set the constants given as `--NAME VALUE`, lists as a,b; returns messages about what is wrong with them."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--local_rank", help="given by the launcher")
     for name in CONSTANTS:
@@ -251,7 +248,7 @@ def read_overrides(argv):
                 globals()[name] = read(text)
             except (ValueError, SyntaxError):
                 globals()[name] = text  # of the wrong type, as check_constants will say
-    return [f"{word}: no constant of this script; --help lists them" for word in unknown]
+    return [f"{word}: no constant of this script; --help lists them" for word in unknown] + list(check_constants())
 
 
 def check_constants():
@@ -297,13 +294,13 @@ def check_model(examples):
 
 def preflight(world_size):
     """What is wrong, one message each, all found before the weights are loaded."""
-    if problems := list(check_constants()):
-        return problems
     try:
         examples, dropped = load_examples()
     except ValueError as error:
         return [str(error), *check_model([])]
     problems = list(check_model(examples))
+    if not deepspeed.get_accelerator().is_bf16_supported():
+        problems += [f"{deepspeed.get_accelerator().device_name()} has no bf16, which training needs; use another"]
     if len(examples) < MICRO_BSIZE:
         problems += [f"MICRO_BSIZE = {MICRO_BSIZE}: {PT_FILE} has {len(examples)} rows with an answer; lower it"]
     elif not len(plan(examples, dropped, world_size)[0]):
@@ -336,7 +333,7 @@ def main():
     if "RANK" not in os.environ:  # no launcher, one process
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if local_rank == 0 and (problems := problems + preflight(world_size)):
+    if local_rank == 0 and (problems := problems or preflight(world_size)):
         sys.exit("\n".join(problems))
     deepspeed.utils.logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -353,6 +350,7 @@ def main():
     model = build_model(device)
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=adapter, config=ds_config(steps))
+    engine.train()
     torch.manual_seed(SEED + rank)  # of dropout, the one thing that depends on the number of ranks
 
     logs = start_records(examples, draws, numbers, pad_id, world_size) if rank == 0 else None

@@ -102,7 +102,7 @@ def test_constants_out_of_range(trainer, monkeypatch, name, value):
     if name not in trainer.CONSTANTS:
         pytest.skip("a constant of the other method")
     setattr(trainer, name, value)
-    (problem,) = trainer.preflight(1)
+    (problem,) = trainer.check_constants()
     assert name in problem and repr(value) in problem and "must be" in problem
 
 
@@ -111,10 +111,10 @@ def test_every_constant_is_checked(trainer):
 
 
 def test_good_constants_pass(trainer):
-    assert trainer.preflight(1) == []
+    assert not list(trainer.check_constants()) and trainer.preflight(1) == []
     trainer.TOTAL_TRAIN_STEPS = trainer.SAVE_EVERY = trainer.LORA_ALPHA = None
     trainer.MAX_SAMPLES, trainer.LR, trainer.LORA_TARGETS = 16, 1, ["q_proj", "missing"]
-    assert trainer.preflight(2) == []
+    assert not list(trainer.check_constants()) and trainer.preflight(2) == []
 
 
 def test_model_folder_missing_or_without_weights(trainer, tmp_path):
@@ -125,6 +125,12 @@ def test_model_folder_missing_or_without_weights(trainer, tmp_path):
         trainer.MODEL_NAME = name
         (problem,) = trainer.preflight(1)
         assert named in problem and repr(name) in problem and "\n" not in problem
+
+
+def test_no_bf16(trainer, monkeypatch):
+    monkeypatch.setattr(trainer.deepspeed.get_accelerator(), "is_bf16_supported", lambda: False)
+    (problem,) = trainer.preflight(1)
+    assert "bf16" in problem
 
 
 def test_the_weights_are_not_loaded(trainer, monkeypatch):
@@ -173,8 +179,7 @@ def test_checkpoint_folder(trainer, tmp_path, monkeypatch):
 def test_problems_are_reported_together(trainer, tmp_path):
     trainer.PT_FILE, trainer.MODEL_NAME = str(tmp_path / "no.pt"), str(tmp_path / "no")
     assert len(trainer.preflight(1)) == 2
-    trainer.LR, trainer.SEED = 7, -1
-    assert len(trainer.preflight(1)) == 2
+    assert len(trainer.read_overrides(["--LR", "7", "--SEED", "-1", "--NO_SUCH", "1"])) == 4
 
 
 def overridden(trainer, *argv):
@@ -202,16 +207,13 @@ def test_unknown_overrides(trainer, word):
     ("name", "text"), [("SEED", "x"), ("SEED", "1.5"), ("SEED", "True"), ("LR", "fast"), ("MASK_PADDING", "1")]
 )
 def test_overrides_of_the_wrong_type(trainer, name, text):
-    problems, _ = overridden(trainer, f"--{name}", text)
-    assert problems == []
-    (problem,) = trainer.preflight(1)
+    (problem,), _ = overridden(trainer, f"--{name}", text)
     assert name in problem and text in problem
 
 
 @pytest.mark.parametrize("name", ["SEED", "LR", "PT_FILE", "LORA_TARGETS", "SAVE_EVERY"])
 def test_overrides_without_a_value(trainer, name):
-    assert overridden(trainer, "--EPOCHS", "1", f"--{name}")[0] == []
-    (problem,) = trainer.preflight(1)
+    (problem,), _ = overridden(trainer, "--EPOCHS", "1", f"--{name}")
     assert name in problem
 
 
