@@ -19,7 +19,6 @@ import sys
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 
 import deepspeed
@@ -28,9 +27,9 @@ import peft
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
 # Model and data
 MODEL_NAME = "GSAI-ML/LLaDA-8B-Instruct"  # hub id or local folder
@@ -55,33 +54,25 @@ LORA_RANK = 256
 LORA_ALPHA = None  # None = 2 * LORA_RANK
 LORA_DROPOUT = 0.05
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj"]  # linear layers by the end of their names
-# Output
 CKPT_DIR = "ckpts_fullseq_sft"  # prefix of {CKPT_DIR}_stepXXXX/ and {CKPT_DIR}_logs/
 SAVE_EVERY = None  # steps; None = at the end only; the last step is always saved
 
 CONSTANTS = [name for name in globals() if name.isupper()]
 ABLATION = []  # go into ablation_config.json
+OPTIONAL = ["TOTAL_TRAIN_STEPS", "SAVE_EVERY", "LORA_ALPHA"]  # may be None
 RANGES = [  # type, lowest, highest, constants
-    (str, "!", "\U0010ffff", "MODEL_NAME PT_FILE CKPT_DIR"),
-    (list, ["!"], ["\U0010ffff"], "LORA_TARGETS"),
+    (str, None, None, "MODEL_NAME PT_FILE CKPT_DIR"),
+    (list, None, None, "LORA_TARGETS"),
     (bool, False, True, "MASK_PADDING"),
     (int, 0, 2**32 - 1, "SEED MASK_ID"),
-    (
-        int,
-        1,
-        2**31,
-        "MAX_SAMPLES MAX_LEN EPOCHS MICRO_BSIZE GRAD_ACC TOTAL_TRAIN_STEPS LORA_RANK SAVE_EVERY",
-    ),
+    (int, 1, 1e6, "MAX_SAMPLES MAX_LEN EPOCHS MICRO_BSIZE GRAD_ACC TOTAL_TRAIN_STEPS SAVE_EVERY LORA_RANK"),
     (float, 0, 1, "LR WARMUP_RATIO LORA_DROPOUT MASK_PROB_EPS"),
     (float, 0, 1e6, "GRAD_CLIP LORA_ALPHA"),
 ]
 
 
 def load_examples():
-    """The first MAX_SAMPLES rows of PT_FILE as [(prompt_len, ids)], ids cut to MAX_LEN; and how many had no answer.
-
-    Raises ValueError, naming the row, if the file is not what pt.py writes.
-    """
+    """The first MAX_SAMPLES rows of PT_FILE as [(prompt_len, ids)], ids cut to MAX_LEN; and how many had no answer."""
     wrong = lambda why: ValueError(f"PT_FILE = {PT_FILE!r}: {why}; make it with pt.py")
     try:
         rows = torch.load(PT_FILE, weights_only=True)  # a pickle with code is refused
@@ -107,31 +98,29 @@ def schedule(examples, max_draws):
     Pass after pass, every sample is visited once, in a new order.
     """
     rng = np.random.default_rng((SEED, 0, 1))  # a stream that no draw's noise has
-    passes = -(-max_draws // len(examples))
+    passes = max(1, -(-max_draws // len(examples)))
     samples = np.concatenate([rng.permutation(len(examples)) for _ in range(passes)])[:max_draws]
     return np.stack([samples, np.zeros_like(samples)], axis=1)
 
 
 def plan(examples, dropped, world_size):
-    """The run: draws (N, 2), their numbers by (step, GRAD_ACC, rank, MICRO_BSIZE), and its size."""
+    """The run: draws (N, 2), their numbers by (step, GRAD_ACC, rank, MICRO_BSIZE), and its budget."""
     # Differs from the published script (T1, T3): all steps are taken on any number of GPUs, by every rank alike
     global_batch = MICRO_BSIZE * GRAD_ACC * world_size
     max_steps = TOTAL_TRAIN_STEPS or MAX_SAMPLES * EPOCHS // (MICRO_BSIZE * GRAD_ACC)
     draws = schedule(examples, max_steps * global_batch)
     steps, left_out = divmod(len(draws), global_batch)
     draws = draws[: steps * global_batch]
-    numbers = {"samples": len(examples), "samples without an answer": dropped, "passes": len(draws) / len(examples)}
-    numbers |= {"steps": steps, "global batch": global_batch, "draws": len(draws), "draws left out": left_out}
-    numbers["forward tokens"] = len(draws) * MAX_LEN
-    return draws, np.arange(len(draws)).reshape(steps, GRAD_ACC, world_size, MICRO_BSIZE), numbers
+    budget = {"samples": len(examples), "samples without an answer": dropped, "passes": len(draws) / len(examples)}
+    budget |= {"steps": steps, "global batch": global_batch, "draws": len(draws), "draws left out": left_out}
+    budget["forward tokens"] = len(draws) * MAX_LEN
+    return draws, np.arange(len(draws)).reshape(steps, GRAD_ACC, world_size, MICRO_BSIZE), budget
 
 
 def make_batch(examples, draws, numbers, pad_id):
     """The draws `numbers` as input_ids, noisy_ids and loss_mask, each (B, L)."""
     picked = [(*examples[draws[number][0]], draws[number][1]) for number in numbers]
-    input_ids = torch.full((len(picked), MAX_LEN), pad_id)
-    for row, (_, ids, _) in zip(input_ids, picked, strict=True):
-        row[: len(ids)] = ids
+    input_ids = torch.stack([pad(ids, (0, MAX_LEN - len(ids)), value=pad_id) for _, ids, _ in picked])
     fields = torch.tensor([(prompt_len, len(ids), block) for prompt_len, ids, block in picked]).T[..., None]
     # Differs from the published script (T4): the noise of a draw is a function of SEED and its number alone
     noise = [np.random.default_rng((SEED, number)).random(MAX_LEN + 1, dtype=np.float32) for number in numbers]
@@ -159,9 +148,8 @@ def supervised_loss(model, input_ids, noisy_ids, loss_mask):
     drops all other positions on their way into the head. input_ids, noisy_ids, loss_mask: (B, L).
     """
     select = lambda _, inputs: (inputs[0][loss_mask],) if inputs[0].is_floating_point() else None
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
-    logits = model(input_ids=noisy_ids).logits
-    hook.remove()
+    with model.get_output_embeddings().register_forward_pre_hook(select):
+        logits = model(input_ids=noisy_ids).logits
     logits = logits[loss_mask] if logits.dim() == 3 else logits  # a head tied to the embedding bypasses the hook
     nll = cross_entropy(logits.float(), input_ids[loss_mask], reduction="none")  # (M,)
     row = loss_mask.nonzero()[:, 0]  # (M,)
@@ -207,8 +195,7 @@ def ds_config(steps):
 def merge(model):
     """The PeftModel's base weights on the host, adapted ones as W + alpha / r * B A, summed in float32 per layer."""
     base = model.get_base_model()
-    weights = base.state_dict().items()
-    merged = {name.replace(".base_layer.", "."): weight.cpu() for name, weight in weights if ".lora_" not in name}
+    merged = {n.replace(".base_layer.", "."): w.cpu() for n, w in base.state_dict().items() if ".lora_" not in n}
     for name, layer in base.named_modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):
             a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
@@ -217,8 +204,10 @@ def merge(model):
     return merged
 
 
-def unused(path):  # path, or the first of path-v2, path-v3, ... that does not exist
-    return next(name for n in count(1) if not os.path.exists(name := path if n == 1 else f"{path}-v{n}"))
+def unused(path):
+    """`path`, or the first of `path`-v2, `path`-v3, ... that does not exist."""
+    names = (path if number == 1 else f"{path}-v{number}" for number in range(1, 10**6))
+    return next(name for name in names if not os.path.exists(name))
 
 
 def save_checkpoint(model, tokenizer, path):
@@ -255,71 +244,80 @@ def check_constants():
     """Yields a message for every constant of the wrong type or out of its range."""
     for kind, low, high, names in RANGES:
         for name in names.split():
-            value, optional = globals()[name], name in ("TOTAL_TRAIN_STEPS", "SAVE_EVERY", "LORA_ALPHA")
+            value, limits = globals()[name], "not empty" if low is None else f"{low} to {high}"
             typed = type(value) is kind or (kind is float and type(value) is int)
-            if not (typed and low <= value <= high) and not (optional and value is None):
-                yield f"{name} = {value!r}: must be {kind.__name__}, {low!r} to {high!r}{' or None' * optional}"
+            right = typed and (bool(value) if low is None else low <= value <= high)
+            if not right and not (value is None and name in OPTIONAL):
+                yield f"{name} = {value!r}: must be {kind.__name__}, {limits}{' or None' if name in OPTIONAL else ''}"
 
 
-def check_model(examples):
-    """Yields what is wrong with MODEL_NAME, and where it does not fit the constants, the examples or the disk."""
+def check_model(model, tokenizer, examples):
+    """Yields where the model (without weights), its tokenizer, the constants and the examples do not fit together."""
     name, remake = f"MODEL_NAME = {MODEL_NAME!r}", f"make it with pt.py --model {MODEL_NAME}"
+    if os.path.isdir(MODEL_NAME) and not any(f.endswith((".safetensors", ".bin")) for f in os.listdir(MODEL_NAME)):
+        yield f"{name}: the folder has no weights (*.safetensors); complete it"
+    mask_id, vocabulary = getattr(model.config, "mask_token_id", None), model.get_input_embeddings().num_embeddings
+    if mask_id not in (None, MASK_ID) or vocabulary <= MASK_ID:
+        yield f"MASK_ID = {MASK_ID}: {name} has {vocabulary} ids, its mask token is {mask_id or 'unknown'}"
+    matched = match_targets(model)
+    for target, layers in matched.items():
+        print(f"LoRA: {len(layers)} layers {target}" if layers else f"warning: no layer of LORA_TARGETS is {target}")
+    if not any(matched.values()):
+        yield f"LORA_TARGETS = {LORA_TARGETS}: none matches a linear layer of {name}; give other names"
+    if any(MASK_ID in ids or ids.max() >= vocabulary for _, ids in examples):
+        yield f"PT_FILE = {PT_FILE!r} has rows with MASK_ID = {MASK_ID}, or ids beyond {vocabulary}; {remake}"
+    texts = [(ids.tolist(), tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for _, ids in examples[:32]]
+    if texts and all(ids != tokenizer.encode(text, add_special_tokens=False) for ids, text in texts):
+        yield f"PT_FILE = {PT_FILE!r} was made with another tokenizer than that of {name}; {remake}"
+
+
+def check_run(examples, world_size, checkpoint_bytes):
+    """Yields why the run cannot be done, or not be saved."""
+    steps = plan(examples, 0, world_size)[2]["steps"] if len(examples) >= MICRO_BSIZE else 0
+    if steps == 0:
+        sizes = f"MICRO_BSIZE = {MICRO_BSIZE}, GRAD_ACC = {GRAD_ACC}, {world_size} ranks, MAX_SAMPLES = {MAX_SAMPLES}"
+        yield f"{PT_FILE} has {len(examples)} rows with an answer within MAX_LEN, too few for one step of {sizes}"
+    needed = checkpoint_bytes * (1 if SAVE_EVERY is None else -(-steps // SAVE_EVERY))
+    folder = next(folder for folder in Path(CKPT_DIR).absolute().parents if os.path.lexists(folder))
+    writable = folder.is_dir() and all(os.access(place, os.W_OK) for place in (folder, "."))
+    if not writable or shutil.disk_usage(folder).free < needed:
+        yield f"CKPT_DIR = {CKPT_DIR!r}: {folder} and . must be writable folders, with {needed / 1e9:.2f} GB free"
+
+
+def preflight(world_size):
+    """Yields what is wrong, one message each, all of it found before the weights are loaded."""
+    try:
+        examples, _ = load_examples()
+    except ValueError as error:
+        yield str(error)
+        examples = None
+    if not deepspeed.get_accelerator().is_bf16_supported():
+        yield f"{deepspeed.get_accelerator().device_name()} has no bf16, which training needs; use another"
     try:
         config = AutoConfig.from_pretrained(MODEL_NAME, trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained(MODEL_NAME, trust_remote_code=True, fix_mistral_regex=False)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     except Exception as error:  # the hub, the folder and remote code fail in many ways
-        yield f"{name} cannot be loaded ({error!r:.300}); give a hub id or a folder with model and tokenizer"
+        yield f"MODEL_NAME = {MODEL_NAME!r} cannot be loaded ({error!r:.300}); give a hub id or a model folder"
         return
-    if os.path.isdir(MODEL_NAME) and not any(f.endswith((".safetensors", ".bin")) for f in os.listdir(MODEL_NAME)):
-        yield f"{name}: the folder has no weights (*.safetensors); complete it"
-    mask_id, vocabulary = getattr(config, "mask_token_id", None), model.get_input_embeddings().num_embeddings
-    if mask_id not in (None, MASK_ID) or vocabulary <= MASK_ID:
-        yield f"MASK_ID = {MASK_ID}: the mask token of {name} is {mask_id} of {vocabulary}; set MASK_ID to it"
-    matched = {target: len(names) for target, names in match_targets(model).items()}
-    print(f"LoRA layers: {matched}" + " (warning: 0 matches nothing)" * (0 in matched.values()))
-    if not any(matched.values()):
-        yield f"LORA_TARGETS = {LORA_TARGETS}: none matches a linear layer of {name}; give other names"
-    if any(MASK_ID in ids or ids.max() >= vocabulary for _, ids in examples):
-        yield f"PT_FILE = {PT_FILE!r} has MASK_ID in it, or ids outside the {vocabulary} of {name}; {remake}"
-    texts = [(ids.tolist(), tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for _, ids in examples[:32]]
-    if texts and all(ids != tokenizer.encode(text, add_special_tokens=False) for ids, text in texts):
-        yield f"PT_FILE = {PT_FILE!r} was made with another tokenizer than that of {name}; {remake}"
-    needed = 2 * model.num_parameters()  # bytes
-    folder = next(folder for folder in Path(CKPT_DIR).absolute().parents if os.path.lexists(folder))
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or shutil.disk_usage(folder).free < needed:
-        yield f"CKPT_DIR = {CKPT_DIR!r}: {folder} is no writable folder with {needed / 1e9:.2f} GB free; give another"
+    yield from check_model(model, tokenizer, examples or [])
+    if examples is not None:
+        yield from check_run(examples, world_size, 2 * model.num_parameters())
 
 
-def preflight(world_size):
-    """What is wrong, one message each, all found before the weights are loaded."""
-    try:
-        examples, dropped = load_examples()
-    except ValueError as error:
-        return [str(error), *check_model([])]
-    problems = list(check_model(examples))
-    if not deepspeed.get_accelerator().is_bf16_supported():
-        problems += [f"{deepspeed.get_accelerator().device_name()} has no bf16, which training needs; use another"]
-    if len(examples) < MICRO_BSIZE:
-        problems += [f"MICRO_BSIZE = {MICRO_BSIZE}: {PT_FILE} has {len(examples)} rows with an answer; lower it"]
-    elif not len(plan(examples, dropped, world_size)[0]):
-        problems += [f"no whole step of MICRO_BSIZE * GRAD_ACC * {world_size} ranks; lower them or raise MAX_SAMPLES"]
-    return problems
-
-
-def start_records(examples, draws, numbers, pad_id, world_size):
-    """Print the run's numbers; write ds_zero2.json and {logs}/{run,ablation}_config.json; -> logs, a new folder."""
-    parts = np.array_split(range(len(draws)), numbers["steps"])
-    numbers["supervised tokens"] = sum(int(make_batch(examples, draws, part, pad_id)[2].sum()) for part in parts)
-    print(", ".join(f"{round(number, 2):,} {name}" for name, number in numbers.items()))
-    if numbers["steps"] < 3:  # (T14)
+def start_records(examples, draws, budget, pad_id, world_size):
+    """Print the budget, write ds_zero2.json and the log folder's JSON files; returns the name of the new log folder."""
+    parts = np.array_split(range(len(draws)), budget["steps"])
+    budget["supervised tokens"] = sum(int(make_batch(examples, draws, part, pad_id)[2].sum()) for part in parts)
+    print(", ".join(f"{round(number, 2):,} {name}" for name, number in budget.items()))
+    if budget["steps"] < 3:  # (T14)
         print("warning: the first two steps have learning rate 0, so this run trains nothing")
     os.makedirs(logs := unused(f"{CKPT_DIR}_logs"))
-    run = {"constants": {name: globals()[name] for name in CONSTANTS}, "numbers": numbers, "world_size": world_size}
-    run["versions"] = {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft", "numpy")}
+    run = {"constants": {name: globals()[name] for name in CONSTANTS}, "budget": budget, "world_size": world_size}
+    run["versions"] = {lib: version(lib) for lib in ("torch", "deepspeed", "transformers", "peft", "numpy")}
     run["pt_sha256"] = hashlib.sha256(Path(PT_FILE).read_bytes()).hexdigest()
-    files = {"ds_zero2.json": ds_config(numbers["steps"]), f"{logs}/run_config.json": run}
+    files = {"ds_zero2.json": ds_config(budget["steps"]), f"{logs}/run_config.json": run}
     if ABLATION:
         files[f"{logs}/ablation_config.json"] = {name: globals()[name] for name in ABLATION}
     for path, content in files.items():
@@ -333,33 +331,35 @@ def main():
     if "RANK" not in os.environ:  # no launcher, one process
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if local_rank == 0 and (problems := problems or preflight(world_size)):
+    if local_rank == 0 and (problems := problems or list(preflight(world_size))):
         sys.exit("\n".join(problems))
     deepspeed.utils.logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # CPU ranks talk through gloo, nothing is compiled
+    if rank != 0:
+        logging.disable_progress_bar()
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # CPU ranks talk through gloo, nothing is compiled
     deepspeed.init_distributed()  # the other ranks wait here
     deepspeed.get_accelerator().set_device(local_rank)
     device = torch.device(deepspeed.get_accelerator().device_name(local_rank))
-
     examples, dropped = load_examples()
-    draws, shares, numbers = plan(examples, dropped, world_size)
-    steps = numbers["steps"]
+    draws, numbers, budget = plan(examples, dropped, world_size)
+    steps = budget["steps"]
     tokenizer = AutoTokenizer.from_pretrained(MODEL_NAME, trust_remote_code=True, fix_mistral_regex=False)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model = build_model(device)
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=adapter, config=ds_config(steps))
-    engine.train()
+    budget["trained parameters"] = sum(parameter.numel() for parameter in adapter)
+    engine, *_ = deepspeed.initialize(model=model.train(), model_parameters=adapter, config=ds_config(steps))
     torch.manual_seed(SEED + rank)  # of dropout, the one thing that depends on the number of ranks
-
-    logs = start_records(examples, draws, numbers, pad_id, world_size) if rank == 0 else None
+    logs = start_records(examples, draws, budget, pad_id, world_size) if rank == 0 else ""
+    suffix = logs.removeprefix(f"{CKPT_DIR}_logs")
     with open(f"{logs}/train_loss.csv" if rank == 0 else os.devnull, "w", buffering=1) as log:
         log.write("step,loss\n")
-        for step in (bar := tqdm(range(1, steps + 1), unit=" steps", disable=rank != 0)):
+        tokens = budget["forward tokens"] // steps
+        for step in (bar := tqdm(range(1, steps + 1), unit=" tokens", unit_scale=tokens, disable=rank != 0)):
             loss_sum = torch.zeros((), device=device)
-            for share in shares[step - 1, :, rank]:
-                batch = [tensor.to(device) for tensor in make_batch(examples, draws, share, pad_id)]
+            for micro_batch in numbers[step - 1, :, rank]:
+                batch = [tensor.to(device) for tensor in make_batch(examples, draws, micro_batch, pad_id)]
                 loss = supervised_loss(engine, *batch)
                 engine.backward(loss)
                 lr = engine.get_lr()[0]
@@ -367,21 +367,23 @@ def main():
                 loss_sum += loss.detach() / (GRAD_ACC * world_size)
             deepspeed.comm.all_reduce(loss_sum)  # (T16) the mean over micro-batches and ranks
             log.write(f"{step},{loss_sum.item():.6f}\n")
-            speed = numbers["global batch"] * MAX_LEN * (bar.format_dict["rate"] or 0)
-            bar.set_postfix(loss=f"{loss_sum.item():.3f}", lr=f"{lr:.1e}", tok_s=f"{speed:,.0f}")
+            bar.set_postfix(step=f"{step}/{steps}", loss=f"{loss_sum.item():.3f}", lr=f"{lr:.1e}")
             if step == steps or (SAVE_EVERY and step % SAVE_EVERY == 0):
+                path = unused(f"{CKPT_DIR}_step{step:04d}{suffix}")
                 if rank == 0:
-                    path = unused(f"{CKPT_DIR}_step{step:04d}{logs.removeprefix(f'{CKPT_DIR}_logs')}")
                     save_checkpoint(model, tokenizer, path)
                 deepspeed.comm.barrier()
     if rank == 0:
-        print(f"{steps} steps, {numbers['supervised tokens']:,} supervised tokens; saved {path}, logged to {logs}")
+        print(f"{steps} steps, {budget['supervised tokens']:,} supervised tokens; saved {path}, logged to {logs}")
+    deepspeed.comm.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         main()
     except torch.OutOfMemoryError:
-        sys.exit("the GPU's memory is full; lower MICRO_BSIZE and raise GRAD_ACC by the same factor")
-    except (KeyboardInterrupt, OSError) as error:
+        sys.exit(f"out of GPU memory with MICRO_BSIZE = {MICRO_BSIZE}; halve it and double GRAD_ACC")
+    except KeyboardInterrupt:
+        sys.exit("stopped by Ctrl-C" if os.environ.get("RANK", "0") == "0" else 1)
+    except (OSError, SafetensorError) as error:  # a full disk, a damaged or missing shard
         sys.exit(f"stopped: {error!r:.300}")

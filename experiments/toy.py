@@ -340,18 +340,18 @@ def train(script, folder, ranks):
     command = ["deepspeed", "--num_gpus", str(ranks), os.path.join(SUITE, f"train_{script}.py"), *flags]
     seconds = launch(command, folder)
     with open(os.path.join(folder, f"{script}_logs", "run_config.json")) as file:
-        numbers = json.load(file)["numbers"]
+        budget = json.load(file)["budget"]
     with open(os.path.join(folder, f"{script}_logs", "train_loss.csv")) as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    checkpoint = os.path.join(folder, f"{script}_step{numbers['steps']:04d}")
+    checkpoint = os.path.join(folder, f"{script}_step{budget['steps']:04d}")
     size = sum(os.path.getsize(path) for path in glob.glob(os.path.join(checkpoint, "*")))
     return {
         "model": script,
-        "steps": numbers["steps"],
+        "steps": budget["steps"],
         "loss, first 5 steps": f"{sum(losses[:5]) / 5:.2f}",
         "last 5 steps": f"{sum(losses[-5:]) / 5:.2f}",
         "held-out block loss": f"{held_out_loss(checkpoint, folder):.2f}",
-        "supervised tokens": f"{numbers['supervised tokens']:,}",
+        "supervised tokens": f"{budget['supervised tokens']:,}",
         "checkpoint": f"{size / 1e6:.0f} MB",
         "time": f"{seconds:.0f} s",
     }

@@ -58,9 +58,9 @@ def test_two_ranks_uneven_data_accumulation_and_an_early_end(toy_folder, tmp_pat
     assert saved == {f"ckpts_stagewise_sft_32_step{step:04d}-v2" for step in due}
 
     run = json.loads((logs / "run_config.json").read_text())
-    numbers = run["numbers"]
-    assert (run["world_size"], numbers["steps"], numbers["global batch"]) == (2, steps, 8)
-    assert (numbers["draws"], numbers["draws left out"]) == (8 * steps, blocks % 8)
+    budget = run["budget"]
+    assert (run["world_size"], budget["steps"], budget["global batch"]) == (2, steps, 8)
+    assert (budget["draws"], budget["draws left out"]) == (8 * steps, blocks % 8)
     assert run["constants"]["GRAD_ACC"] == 2 and len(run["pt_sha256"]) == 64 and run["versions"]["torch"]
     ablation = json.loads((logs / "ablation_config.json").read_text())
     assert ablation == {"PREFIX_MASK_RATE": 0.0, "SUFFIX_MASK_PROB": 1.0, "BLOCK_SIZE": 32}
@@ -99,7 +99,7 @@ def test_ranks_share_a_global_batch_without_changing_it(toy_folder, tmp_path):
     assert max(abs(a - b) for a, b in zip(first, second, strict=True)) < 0.02
     assert abs(first[0] - first[-1]) > 0.1  # the weights have moved by far more than that
     runs = [json.loads((tmp_path / f"{name}_logs" / "run_config.json").read_text()) for name in ("one", "two")]
-    assert runs[0]["numbers"] == runs[1]["numbers"]
+    assert runs[0]["budget"] == runs[1]["budget"]
     assert {"one_step0008", "two_step0008"} <= set(os.listdir(tmp_path))
     assert not (tmp_path / "one_logs" / "ablation_config.json").exists()
 

@@ -52,7 +52,7 @@ def test_data_files(trainer, case, tmp_path):
     content, named = FILES[case]
     trainer.PT_FILE = str(tmp_path / "rows.pt")
     torch.save(content, trainer.PT_FILE)
-    problems = trainer.preflight(1)
+    problems = list(trainer.preflight(1))
     assert any(named in problem for problem in problems)
     assert all(trainer.PT_FILE in problem and "\n" not in problem and len(problem) < 400 for problem in problems)
 
@@ -65,10 +65,10 @@ def test_damaged_missing_and_dangerous_files(trainer, tmp_path, capsys):
         trainer.PT_FILE = str(tmp_path / name)
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        (problem,) = trainer.preflight(1)
+        (problem,) = list(trainer.preflight(1))
         assert name in problem and "pt.py" in problem and "\n" not in problem
     torch.save([Code()], tmp_path / "code.pt")
-    assert len(trainer.preflight(1)) == 1
+    assert len(list(trainer.preflight(1))) == 1
     assert "code has run" not in capsys.readouterr().out
 
 
@@ -111,10 +111,10 @@ def test_every_constant_is_checked(trainer):
 
 
 def test_good_constants_pass(trainer):
-    assert not list(trainer.check_constants()) and trainer.preflight(1) == []
+    assert not list(trainer.check_constants()) and list(trainer.preflight(1)) == []
     trainer.TOTAL_TRAIN_STEPS = trainer.SAVE_EVERY = trainer.LORA_ALPHA = None
     trainer.MAX_SAMPLES, trainer.LR, trainer.LORA_TARGETS = 16, 1, ["q_proj", "missing"]
-    assert not list(trainer.check_constants()) and trainer.preflight(2) == []
+    assert not list(trainer.check_constants()) and list(trainer.preflight(2)) == []
 
 
 def test_model_folder_missing_or_without_weights(trainer, tmp_path):
@@ -123,62 +123,71 @@ def test_model_folder_missing_or_without_weights(trainer, tmp_path):
     (folder / "model.safetensors").unlink()
     for name, named in ((str(folder), "no weights"), (str(tmp_path / "no"), "cannot be loaded"), ("a/b", "cannot be")):
         trainer.MODEL_NAME = name
-        (problem,) = trainer.preflight(1)
+        (problem,) = list(trainer.preflight(1))
         assert named in problem and repr(name) in problem and "\n" not in problem
 
 
 def test_no_bf16(trainer, monkeypatch):
     monkeypatch.setattr(trainer.deepspeed.get_accelerator(), "is_bf16_supported", lambda: False)
-    (problem,) = trainer.preflight(1)
+    (problem,) = list(trainer.preflight(1))
     assert "bf16" in problem
 
 
 def test_the_weights_are_not_loaded(trainer, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded the weights"))
-    assert trainer.preflight(1) == []
+    assert list(trainer.preflight(1)) == []
 
 
 def test_mask_id(trainer):
     for value in (126335, 10**6):
         trainer.MASK_ID = value
-        assert any(f"MASK_ID = {value}" in problem and "126336" in problem for problem in trainer.preflight(1))
+        assert any(f"MASK_ID = {value}" in problem and "126336" in problem for problem in list(trainer.preflight(1)))
 
 
 def test_targets(trainer, capsys):
     """Fails on the published behaviour (T12): targets that do not exist were ignored in silence."""
     trainer.LORA_TARGETS = ["q_proj", "gate_proj"]
-    assert trainer.preflight(1) == []
-    assert "'gate_proj': 0" in capsys.readouterr().out
+    assert list(trainer.preflight(1)) == []
+    assert "warning: no layer of LORA_TARGETS is gate_proj" in capsys.readouterr().out
     trainer.LORA_TARGETS = ["gate_proj", "proj"]
-    (problem,) = trainer.preflight(1)
+    (problem,) = list(trainer.preflight(1))
     assert "LORA_TARGETS" in problem and "gate_proj" in problem
 
 
 def test_less_than_a_global_batch(blockwise):
     blockwise.BLOCK_SIZE, blockwise.MICRO_BSIZE, blockwise.GRAD_ACC = 256, 30, 2
-    assert blockwise.preflight(1) == []
+    assert list(blockwise.preflight(1)) == []
     (problem,) = blockwise.preflight(2)
-    assert "GRAD_ACC" in problem and "2 ranks" in problem
-    blockwise.TOTAL_TRAIN_STEPS, blockwise.MAX_SAMPLES = None, 59
-    assert len(blockwise.preflight(1)) == 1
+    assert "GRAD_ACC = 2" in problem and "2 ranks" in problem
+
+
+def test_less_than_a_step(trainer):
+    trainer.MICRO_BSIZE, trainer.GRAD_ACC, trainer.TOTAL_TRAIN_STEPS, trainer.MAX_SAMPLES = 30, 2, None, 59
+    (problem,) = trainer.preflight(1)
+    assert "MAX_SAMPLES = 59" in problem
 
 
 def test_checkpoint_folder(trainer, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     trainer.CKPT_DIR = str(tmp_path / "file" / "below" / "run")
-    (problem,) = trainer.preflight(1)
+    (problem,) = list(trainer.preflight(1))
     assert "CKPT_DIR" in problem and "file" in problem
     trainer.CKPT_DIR = str(tmp_path / "new" / "run")
-    assert trainer.preflight(1) == []
+    assert list(trainer.preflight(1)) == []
     monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10**6))
-    (problem,) = trainer.preflight(1)
+    (problem,) = list(trainer.preflight(1))
     assert "CKPT_DIR" in problem and "GB free" in problem
+    size = sum(parameter.numel() * 2 for parameter in trainer.build_model("cpu").get_base_model().parameters())
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 2 * size))
+    assert list(trainer.preflight(1)) == []
+    trainer.SAVE_EVERY = 1  # three of them do not fit
+    assert len(list(trainer.preflight(1))) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_problems_are_reported_together(trainer, tmp_path):
     trainer.PT_FILE, trainer.MODEL_NAME = str(tmp_path / "no.pt"), str(tmp_path / "no")
-    assert len(trainer.preflight(1)) == 2
+    assert len(list(trainer.preflight(1))) == 2
     assert len(trainer.read_overrides(["--LR", "7", "--SEED", "-1", "--NO_SUCH", "1"])) == 4
 
 

@@ -63,11 +63,11 @@ def test_steps_do_not_depend_on_the_ranks(trainer, world_size):
     trainer.TOTAL_TRAIN_STEPS, trainer.MICRO_BSIZE, trainer.GRAD_ACC = None, 4, 2
     trainer.MAX_SAMPLES, trainer.EPOCHS = 100, 2
     examples = examples_with(*[2000] * 101)  # no multiple of anything
-    draws, shares, numbers = trainer.plan(examples, 0, world_size)
-    assert numbers["steps"] == 100 * 2 // (4 * 2) == len(shares)
-    assert numbers["global batch"] == 4 * 2 * world_size
-    assert len(draws) == numbers["draws"] == 25 * 8 * world_size
-    config = trainer.ds_config(numbers["steps"])
+    draws, shares, budget = trainer.plan(examples, 0, world_size)
+    assert budget["steps"] == 100 * 2 // (4 * 2) == len(shares)
+    assert budget["global batch"] == 4 * 2 * world_size
+    assert len(draws) == budget["draws"] == 25 * 8 * world_size
+    config = trainer.ds_config(budget["steps"])
     assert config["scheduler"]["params"]["total_num_steps"] == 25
 
 
@@ -87,11 +87,11 @@ def test_early_end(blockwise, world_size):
     blockwise.BLOCK_SIZE, blockwise.MICRO_BSIZE, blockwise.TOTAL_TRAIN_STEPS = 8, 2, 1000
     examples = examples_with(8, 9, 40, 17, 64, 23, 30, 12)
     total = sum(blocks_of(examples, 8))
-    draws, _, numbers = blockwise.plan(examples, 0, world_size)
-    assert numbers["steps"] == total // (2 * world_size) > 0
-    assert numbers["draws left out"] == total % (2 * world_size)
+    draws, _, budget = blockwise.plan(examples, 0, world_size)
+    assert budget["steps"] == total // (2 * world_size) > 0
+    assert budget["draws left out"] == total % (2 * world_size)
     assert max(Counter(map(tuple, draws)).values()) == 1
-    assert blockwise.ds_config(numbers["steps"])["scheduler"]["params"]["total_num_steps"] == numbers["steps"]
+    assert blockwise.ds_config(budget["steps"])["scheduler"]["params"]["total_num_steps"] == budget["steps"]
 
 
 def test_the_published_defaults():
