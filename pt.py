@@ -11,12 +11,12 @@ including the assistant header, the others are the answer with its end-of-turn t
 
 import argparse
 import os
+import re
 import sys
 from bisect import bisect_left
 
 import torch
 from datasets import load_dataset
-from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -60,8 +60,8 @@ def claim_output(output, overwrite):
     Raises:
         SystemExit: if `output` exists and may not be replaced, or cannot be written.
     """
-    if os.path.isdir(output):
-        sys.exit(f"--output {output} is a folder; give the name of a file")
+    if not output or (os.path.exists(output) and not os.path.isfile(output)):
+        sys.exit(f"--output {output!r} is not a file; give the name of one")
     if os.path.exists(output) and not overwrite:
         sys.exit(f"--output {output} exists already; give another name, or --overwrite to replace it")
     try:
@@ -98,6 +98,8 @@ def load_rows(dataset, split):
         SystemExit: if the dataset or its split cannot be read, or lacks `query` or `response`.
     """
     suffix = os.path.splitext(dataset)[1].lower()
+    if not dataset or (os.path.isfile(dataset) and os.path.getsize(dataset) == 0):
+        sys.exit(f"--dataset {dataset!r} is empty; give a hub id, a folder or a file")
     try:
         if os.path.isfile(dataset):
             if suffix not in FILE_TYPES:
@@ -128,7 +130,7 @@ def find_trailing_header(tokenizer):
     try:
         alone = tokenizer.apply_chat_template([{"role": "assistant", "content": probe}], tokenize=False)
         question = tokenizer.apply_chat_template([{"role": "user", "content": probe}], tokenize=False)
-    except TemplateError:
+    except Exception:  # a template is a program of its own
         return ""
     header = alone.partition(probe)[0].removeprefix(tokenizer.bos_token or "")
     return header if question.endswith(header) else ""
@@ -144,8 +146,11 @@ def render(tokenizer, header, queries, responses):
     whole = [
         user + [{"role": "assistant", "content": response}] for user, response in zip(users, responses, strict=True)
     ]
-    prompts = tokenizer.apply_chat_template(users, tokenize=False, add_generation_prompt=True)
-    texts = [text.removesuffix(header) for text in tokenizer.apply_chat_template(whole, tokenize=False)]
+    try:
+        prompts = tokenizer.apply_chat_template(users, tokenize=False, add_generation_prompt=True)
+        texts = [text.removesuffix(header) for text in tokenizer.apply_chat_template(whole, tokenize=False)]
+    except Exception as error:  # a template is a program of its own
+        sys.exit(f"--model {tokenizer.name_or_path}: its chat template fails ({first_line(error)}); give another model")
     for prompt, text in zip(prompts, texts, strict=True):
         if not text.startswith(prompt):
             sys.exit(
@@ -181,21 +186,30 @@ def is_text(value):
 
 
 def process(batch, tokenizer, header, max_len, filter_type):
-    """What becomes of each row of a batch (dict of columns): [("kept", sample) or (why not, None)]."""
+    """What becomes of each row of a batch (dict of columns): [("kept", sample) or (why not, None)].
+
+    Malformed are rows without text, without an answer in the template's rendering, and rows whose text spells a
+    special token, such as `<|mdm_mask|>`, which would be encoded as the token itself.
+    """
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    spells_special = re.compile("|".join(map(re.escape, special)) or "(?!)").search
     kinds = batch.get("type") or [None] * len(batch["query"])
     outcomes = []
     for kind, query, response in zip(kinds, batch["query"], batch["response"], strict=True):
         filtered = bool(filter_type) and isinstance(kind, str) and filter_type in kind
-        whole = is_text(query) and is_text(response)
+        whole = is_text(query) and is_text(response) and not spells_special(query) and not spells_special(response)
         outcomes.append("filtered by type" if filtered else "kept" if whole else "malformed")
     chosen = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
     samples = [None] * len(outcomes)
     if chosen:
         texts = render(tokenizer, header, [batch["query"][i] for i in chosen], [batch["response"][i] for i in chosen])
         for i, sample in zip(chosen, encode(tokenizer, *texts, max_len), strict=True):
-            samples[i] = sample
             if sample is None:
                 outcomes[i] = "too long"
+            elif sample["prompt_len"] == len(sample["full_ids"]):
+                outcomes[i] = "malformed"
+            else:
+                samples[i] = sample
     return zip(outcomes, samples, strict=True)
 
 
@@ -244,6 +258,8 @@ def report(samples, counts, tokenizer):
 
 def main():
     args = parse_args(sys.argv[1:])
+    if os.path.exists(args.output) and os.path.exists(args.dataset) and os.path.samefile(args.output, args.dataset):
+        sys.exit(f"--output {args.output} is the --dataset itself; give another name")
     file = claim_output(args.output, args.overwrite)
     try:
         tokenizer = load_tokenizer(args.model)
@@ -251,8 +267,10 @@ def main():
         samples, counts = preprocess(rows, tokenizer, args.max_len, args.max_samples, args.filter_type)
         if not samples:
             outcome = ", ".join(f"{count} {name}" for name, count in counts.items())
-            sys.exit(f"no row is left ({outcome}); raise --max_len {args.max_len} or change --filter_type or --dataset")
+            sys.exit(f"no row is left ({outcome}); look at --max_len {args.max_len}, --filter_type and --dataset")
         save(samples, file, args.output)
+    except UnicodeDecodeError as error:
+        sys.exit(f"--dataset {args.dataset} is not UTF-8 text ({first_line(error)}); convert it")
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing was written")
     finally:

@@ -1,8 +1,7 @@
 """Blockwise SFT of a masked diffusion LM: train the very state that block decoding meets.
 
-    deepspeed --num_gpus 8 train_blockwise.py                      # eight GPUs
+    deepspeed --num_gpus 8 train_blockwise.py                      # eight GPUs; `python` instead: one process
     deepspeed --num_gpus 8 train_blockwise.py --BLOCK_SIZE 64      # any constant below, for one run
-    python train_blockwise.py                                      # one process, GPU or CPU
 
 Each draw picks one block of one answer: clean text before it, [MASK] behind it, and in it every token masked with
 probability t ~ U(MASK_PROB_EPS, 1). The loss is the cross-entropy of the block's masked tokens (Sun, Cai, Yang, Wang,
@@ -16,7 +15,6 @@ import json
 import os
 import shutil
 import sys
-import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
 from pathlib import Path
@@ -52,7 +50,6 @@ TOTAL_TRAIN_STEPS = None  # None = MAX_SAMPLES * EPOCHS // (MICRO_BSIZE * GRAD_A
 LR = 1e-5  # highest, after WARMUP_RATIO of the steps
 WARMUP_RATIO = 0.1
 GRAD_CLIP = 1.0  # 0 = off
-# LoRA
 LORA_RANK = 256
 LORA_ALPHA = None  # None = 2 * LORA_RANK
 LORA_DROPOUT = 0.05
@@ -76,11 +73,11 @@ RANGES = [  # type, lowest, highest, constants
 
 def load_examples():
     """The first MAX_SAMPLES rows of PT_FILE as [(prompt_len, ids)], ids cut to MAX_LEN; and how many had no answer."""
-    wrong = lambda why: ValueError(f"PT_FILE = {PT_FILE!r}: {why}; make it with pt.py")
+    wrong = lambda why: ValueError(f"{PT_FILE = }: {why}; make it with pt.py")
     try:
         rows = torch.load(PT_FILE, weights_only=True)  # a pickle with code is refused
     except Exception as error:
-        raise wrong(getattr(error, "strerror", None) or "damaged, or not written by pt.py") from error
+        raise wrong("damaged, or not written by pt.py" if os.path.isfile(PT_FILE) else "no such file") from error
     if not isinstance(rows, list) or not rows:
         raise wrong(f"must be a list of rows and is {rows!r:.40}")
     for number, row in enumerate(rows):
@@ -176,8 +173,10 @@ def match_targets(model):
 
 def build_model(device):
     """The base model in bf16, loaded straight to `device`, with the same new adapter on every rank."""
-    load = {"trust_remote_code": True, "dtype": torch.bfloat16, "device_map": {"": device}}
-    model = AutoModelForCausalLM.from_pretrained(MODEL_NAME, **load)
+    load = {"trust_remote_code": True, "dtype": torch.bfloat16, "device_map": {"": device}, "output_loading_info": True}
+    model, loaded = AutoModelForCausalLM.from_pretrained(MODEL_NAME, **load)
+    if missing := sorted(loaded["missing_keys"]):
+        sys.exit(f"{MODEL_NAME = }: {len(missing)} weights are missing, such as {missing[0]}; complete it")
     targets = [name for names in match_targets(model).values() for name in names]
     alpha = 2 * LORA_RANK if LORA_ALPHA is None else LORA_ALPHA
     torch.manual_seed(SEED)
@@ -223,7 +222,7 @@ def unused(path):
 
 def save_checkpoint(model, tokenizer, path):
     """Write the merged model and its tokenizer to the folder `path`, which appears only when whole."""
-    partial = f"{path}.partial"
+    partial = unused(f"{path}.partial")
     try:
         model.get_base_model().save_pretrained(partial, state_dict=merge(model), max_shard_size="5GB")
         tokenizer.save_pretrained(partial)
@@ -239,14 +238,14 @@ def read_overrides(argv):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--local_rank", help="given by the launcher")
     for name in CONSTANTS:
-        parser.add_argument(f"--{name}", metavar="VALUE", nargs="?", const="", help=f"now {globals()[name]}")
+        parser.add_argument(f"--{name}", nargs="?", const="", help=f"now {globals()[name]}".replace("%", "%%"))
     given, unknown = parser.parse_known_args(argv)
     for name in CONSTANTS:
         if (text := getattr(given, name)) is not None:
             read = {str: str, list: lambda text: text.split(",")}.get(type(globals()[name]), ast.literal_eval)
             try:
                 globals()[name] = read(text)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError):
                 globals()[name] = text  # of the wrong type, as check_constants will say
     return [f"{word}: no constant of this script; --help lists them" for word in unknown] + list(check_constants())
 
@@ -264,35 +263,38 @@ def check_constants():
 
 def check_model(model, tokenizer, examples):
     """Yields where the model (without weights), its tokenizer, the constants and the examples do not fit together."""
-    name, remake = f"MODEL_NAME = {MODEL_NAME!r}", f"make it with pt.py --model {MODEL_NAME}"
+    name, remake = f"{MODEL_NAME = }", f"make it with pt.py --model {MODEL_NAME}"
     if os.path.isdir(MODEL_NAME) and not any(f.endswith((".safetensors", ".bin")) for f in os.listdir(MODEL_NAME)):
         yield f"{name}: the folder has no weights (*.safetensors); complete it"
     mask_id, vocabulary = getattr(model.config, "mask_token_id", None), model.get_input_embeddings().num_embeddings
     if mask_id not in (None, MASK_ID) or vocabulary <= MASK_ID:
-        yield f"MASK_ID = {MASK_ID}: {name} has {vocabulary} ids, its mask token is {mask_id or 'unknown'}"
+        yield f"{MASK_ID = }: {name} has {vocabulary} ids, its mask token is {mask_id or 'unknown'}"
     matched = match_targets(model)
     for target, layers in matched.items():
         print(f"LoRA: {len(layers)} layers {target}" if layers else f"warning: no layer of LORA_TARGETS is {target}")
     if not any(matched.values()):
-        yield f"LORA_TARGETS = {LORA_TARGETS}: none matches a linear layer of {name}; give other names"
-    if any(MASK_ID in ids or ids.max() >= vocabulary for _, ids in examples):
-        yield f"PT_FILE = {PT_FILE!r} has rows with MASK_ID = {MASK_ID}, or ids beyond {vocabulary}; {remake}"
-    texts = [(ids.tolist(), tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for _, ids in examples[:32]]
-    if texts and all(ids != tokenizer.encode(text, add_special_tokens=False) for ids, text in texts):
-        yield f"PT_FILE = {PT_FILE!r} was made with another tokenizer than that of {name}; {remake}"
+        yield f"{LORA_TARGETS = }: none matches a linear layer of {name}; give other names"
+    beyond = any(MASK_ID in ids or ids.max() >= vocabulary for _, ids in examples)
+    if beyond:
+        yield f"{PT_FILE = } has rows with {MASK_ID = }, or with ids beyond the {vocabulary} of {name}; {remake}"
+    known = [ids.tolist() for _, ids in examples[: 0 if beyond else 32]]
+    texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in known]
+    again = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    if known and all(before != after for before, after in zip(known, again, strict=True)):
+        yield f"{PT_FILE = } was made with another tokenizer than that of {name}; {remake}"
 
 
 def check_run(examples, world_size, checkpoint_bytes):
     """Yields why the run cannot be done, or not be saved."""
     steps = plan(examples, 0, world_size)[2]["steps"] if len(examples) >= MICRO_BSIZE else 0
     if steps == 0:
-        sizes = f"MICRO_BSIZE = {MICRO_BSIZE}, GRAD_ACC = {GRAD_ACC}, {world_size} ranks, MAX_SAMPLES = {MAX_SAMPLES}"
-        yield f"{PT_FILE} has {len(examples)} rows with an answer within MAX_LEN, too few for one step of {sizes}"
+        sizes = f"{MICRO_BSIZE = }, {GRAD_ACC = }, {MAX_SAMPLES = }, {MAX_LEN = }, {world_size} ranks"
+        yield f"{PT_FILE = } has {len(examples)} rows with an answer, too few for one step; lower some of {sizes}"
     needed = checkpoint_bytes * (1 if SAVE_EVERY is None else -(-steps // SAVE_EVERY))
-    folder = next(folder for folder in Path(CKPT_DIR).absolute().parents if os.path.lexists(folder))
+    folder = next(folder for folder in Path(f"{CKPT_DIR}_logs").absolute().parents if os.path.lexists(folder))
     writable = folder.is_dir() and all(os.access(place, os.W_OK) for place in (folder, "."))
     if not writable or shutil.disk_usage(folder).free < needed:
-        yield f"CKPT_DIR = {CKPT_DIR!r}: {folder} and . must be writable folders, with {needed / 1e9:.2f} GB free"
+        yield f"{CKPT_DIR = }: {folder} and . must be writable folders, with {needed / 1e9:.2f} GB free"
 
 
 def preflight(world_size):
@@ -310,7 +312,7 @@ def preflight(world_size):
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     except Exception as error:  # the hub, the folder and remote code fail in many ways
-        yield f"MODEL_NAME = {MODEL_NAME!r} cannot be loaded ({error!r:.300}); give a hub id or a model folder"
+        yield f"{MODEL_NAME = } cannot be loaded ({error!r:.300}); give a hub id or a model folder"
         return
     yield from check_model(model, tokenizer, examples or [])
     if examples is not None:
@@ -345,7 +347,6 @@ def main():
     if local_rank == 0 and (problems := problems or list(preflight(world_size))):
         sys.exit("\n".join(problems))
     deepspeed.utils.logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if rank != 0:
         logging.disable_progress_bar()
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # CPU ranks talk through gloo, nothing is compiled
@@ -363,7 +364,6 @@ def main():
     engine, *_ = deepspeed.initialize(model=model.train(), model_parameters=adapter, config=ds_config(steps))
     torch.manual_seed(SEED + rank)  # of dropout, the one thing that depends on the number of ranks
     logs = start_records(examples, draws, budget, pad_id, world_size) if rank == 0 else ""
-    suffix = logs.removeprefix(f"{CKPT_DIR}_logs")
     with open(f"{logs}/train_loss.csv" if rank == 0 else os.devnull, "w", buffering=1) as log:
         log.write("step,loss\n")
         tokens = budget["forward tokens"] // steps
@@ -380,7 +380,7 @@ def main():
             log.write(f"{step},{loss_sum.item():.6f}\n")
             bar.set_postfix(step=f"{step}/{steps}", loss=f"{loss_sum.item():.3f}", lr=f"{lr:.1e}")
             if step == steps or (SAVE_EVERY and step % SAVE_EVERY == 0):
-                path = unused(f"{CKPT_DIR}_step{step:04d}{suffix}")
+                path = unused(f"{CKPT_DIR}_step{step:04d}" + logs.removeprefix(f"{CKPT_DIR}_logs"))
                 if rank == 0:
                     save_checkpoint(model, tokenizer, path)
                 deepspeed.comm.barrier()
@@ -393,8 +393,8 @@ if __name__ == "__main__":
     try:
         main()
     except torch.OutOfMemoryError:
-        sys.exit(f"out of GPU memory with MICRO_BSIZE = {MICRO_BSIZE}; halve it and double GRAD_ACC")
+        sys.exit(f"out of GPU memory with {MICRO_BSIZE = }; halve it and double GRAD_ACC")
     except KeyboardInterrupt:
         sys.exit("stopped by Ctrl-C" if os.environ.get("RANK", "0") == "0" else 1)
-    except (OSError, SafetensorError) as error:  # a full disk, a damaged or missing shard
+    except (OSError, SafetensorError, torch.distributed.DistError) as error:
         sys.exit(f"stopped: {error!r:.300}")

@@ -15,6 +15,7 @@ import math
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -337,7 +338,10 @@ def train(script, folder, ranks):
     """Train with `script` through the launcher; a row of the closing table."""
     flags = [word for name, value in RUN.items() for word in (f"--{name}", str(value))]
     flags += ["--MODEL_NAME", "model", "--PT_FILE", "train.pt", "--CKPT_DIR", script]
-    command = ["deepspeed", "--num_gpus", str(ranks), os.path.join(SUITE, f"train_{script}.py"), *flags]
+    with socket.socket() as free:  # a port that no other run on this machine has
+        free.bind(("127.0.0.1", 0))
+        launcher = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free.getsockname()[1])]
+    command = [*launcher, os.path.join(SUITE, f"train_{script}.py"), *flags]
     seconds = launch(command, folder)
     with open(os.path.join(folder, f"{script}_logs", "run_config.json")) as file:
         budget = json.load(file)["budget"]

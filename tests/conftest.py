@@ -1,6 +1,9 @@
 """What the tests share: a toy model and data made on the spot, the launcher, and constants that go back."""
 
+import atexit
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -9,6 +12,7 @@ from pathlib import Path
 # before any library is imported: no network, and no cache but the tests' own
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 
@@ -78,6 +82,13 @@ def launch(command, folder, timeout=240, **environment):
     )
     skip = ("[runner.py:", "[launch.py:", "real_accelerator.py")
     return done.returncode, "\n".join(line for line in done.stdout.splitlines() if not any(s in line for s in skip))
+
+
+def deepspeed(ranks):
+    """The launcher's part of a command line, on a port that no other run on this machine has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free.getsockname()[1])]
 
 
 def flags(**constants):

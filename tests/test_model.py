@@ -60,6 +60,9 @@ def test_checkpoint_loads_by_itself(trainer, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(trainer.MODEL_NAME, fix_mistral_regex=False)
     trainer.save_checkpoint(model, tokenizer, str(tmp_path / "a" / "checkpoint"))
     assert os.listdir(tmp_path / "a") == ["checkpoint"]
+    (tmp_path / "b.partial").mkdir()  # of somebody else, who keeps it
+    trainer.save_checkpoint(model, tokenizer, str(tmp_path / "b"))
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "b.partial"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "checkpoint", trust_remote_code=True, dtype="auto")
     assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in trainer.merge(model).items())
     again = AutoTokenizer.from_pretrained(tmp_path / "a" / "checkpoint", fix_mistral_regex=False)
@@ -98,6 +101,19 @@ def test_alpha_is_tied_to_the_rank(trainer):
         trainer.LORA_RANK, trainer.LORA_ALPHA = rank, alpha
         layer = trainer.build_model("cpu").get_base_model().model.transformer.blocks[0].q_proj
         assert layer.scaling["default"] == scale and layer.lora_A["default"].weight.shape[0] == rank
+
+
+def test_loading(trainer, monkeypatch):
+    """Straight to its device in bf16 (T24), with LoRA's dropout on."""
+    given, load = {}, AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        trainer.AutoModelForCausalLM, "from_pretrained", lambda name, **how: given.update(how) or load(name, **how)
+    )
+    trainer.LORA_DROPOUT = 0.3
+    model = trainer.build_model("cpu").train()
+    assert (given["dtype"], given["device_map"]) == (torch.bfloat16, {"": "cpu"})
+    dropouts = {module.p for name, module in model.named_modules() if name.endswith("lora_dropout.default")}
+    assert dropouts == {0.3}
 
 
 def test_the_adapter_is_the_same_on_every_rank(trainer):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SUITE, TRAINERS, flags, launch
+from conftest import SUITE, TRAINERS, deepspeed, flags, launch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GOOD = {"prompt_len": 3, "full_ids": torch.arange(10, 30)}
@@ -38,7 +39,8 @@ FILES = {
     "float ids": (rows(full_ids=torch.rand(20)), "row 1 has full_ids"),
     "ids a list": (rows(full_ids=[1] * 20), "row 1 has full_ids"),
     "two-dimensional ids": (rows(full_ids=torch.ones(2, 20).long()), "row 1 has full_ids"),
-    "ids beyond the vocabulary": (rows(full_ids=torch.arange(126460, 126480)), "126464"),
+    "ids beyond the vocabulary": (rows(full_ids=torch.arange(126460, 126480)), "beyond the 126464"),
+    "ids beyond any integer type": (rows(full_ids=torch.arange(20) + 2**40), "ids beyond"),
     "negative ids": (rows(full_ids=torch.arange(-5, 15)), "row 1 has full_ids"),
     "MASK_ID in it": (rows(full_ids=torch.tensor([5, 6, 7, 126336, 8])), "MASK_ID"),
     "no answer in any row": ([{"prompt_len": 20, "full_ids": GOOD["full_ids"]}] * 4, "0 rows with an answer"),
@@ -133,6 +135,18 @@ def test_no_bf16(trainer, monkeypatch):
     assert "bf16" in problem
 
 
+def test_incomplete_weights(trainer, tmp_path):
+    """Never a new random layer in the place of a missing one."""
+    folder = tmp_path / "model"
+    shutil.copytree(trainer.MODEL_NAME, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.transformer.blocks.1.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    trainer.MODEL_NAME = str(folder)
+    with pytest.raises(SystemExit, match=r"1 weights are missing, such as model.transformer.blocks.1.up_proj"):
+        trainer.build_model("cpu")
+
+
 def test_the_weights_are_not_loaded(trainer, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded the weights"))
     assert list(trainer.preflight(1)) == []
@@ -172,6 +186,8 @@ def test_checkpoint_folder(trainer, tmp_path, monkeypatch):
     trainer.CKPT_DIR = str(tmp_path / "file" / "below" / "run")
     (problem,) = list(trainer.preflight(1))
     assert "CKPT_DIR" in problem and "file" in problem
+    trainer.CKPT_DIR = f"{tmp_path / 'file'}/"
+    assert len(list(trainer.preflight(1))) == 1
     trainer.CKPT_DIR = str(tmp_path / "new" / "run")
     assert list(trainer.preflight(1)) == []
     monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10**6))
@@ -220,7 +236,7 @@ def test_overrides_of_the_wrong_type(trainer, name, text):
     assert name in problem and text in problem
 
 
-@pytest.mark.parametrize("name", ["SEED", "LR", "PT_FILE", "LORA_TARGETS", "SAVE_EVERY"])
+@pytest.mark.parametrize("name", ["SEED", "LR", "PT_FILE", "SAVE_EVERY"])
 def test_overrides_without_a_value(trainer, name):
     (problem,), _ = overridden(trainer, "--EPOCHS", "1", f"--{name}")
     assert name in problem
@@ -242,7 +258,7 @@ def test_importing_does_nothing(tmp_path):
 
 def test_a_wrong_run_on_two_ranks(tmp_path, toy_folder):
     """Ends by itself, non-zero, all problems in one message, without a traceback, with nothing left behind."""
-    command = ["deepspeed", "--num_gpus", "2", SUITE / "train_blockwise.py"]
+    command = [*deepspeed(2), SUITE / "train_blockwise.py"]
     wrong = flags(BLOCK_SIZE=0, MASK_PROB_EPS=1.5, MODEL_NAME=toy_folder / "model", PT_FILE=toy_folder / "train.pt")
     status, printed = launch([*command, *wrong, "--NO_SUCH", "1"], tmp_path)
     assert status != 0
@@ -261,7 +277,11 @@ def test_a_wrong_run_of_one_process(tmp_path, toy_folder):
 
 @pytest.mark.parametrize(
     ("error", "named"),
-    [("torch.OutOfMemoryError('CUDA out of memory')", "MICRO_BSIZE"), ("KeyboardInterrupt()", "KeyboardInterrupt")],
+    [
+        ("torch.OutOfMemoryError('CUDA out of memory')", "MICRO_BSIZE = 2"),
+        ("KeyboardInterrupt()", "Ctrl-C"),
+        ("OSError(28, 'No space left on device')", "No space left"),
+    ],
 )
 def test_faults_while_running_are_one_line(tmp_path, toy_folder, error, named):
     code = f"""import runpy, sys, torch, transformers
@@ -270,7 +290,7 @@ transformers.AutoModelForCausalLM.from_pretrained = fail
 runpy.run_path({str(SUITE / "train_blockwise.py")!r}, run_name="__main__")"""
     data = flags(MODEL_NAME=toy_folder / "model", PT_FILE=toy_folder / "train.pt", MICRO_BSIZE=2)
     status, printed = launch([sys.executable, "-c", code, *data], tmp_path)
-    lines = [line for line in printed.splitlines() if "LoRA layers" not in line]
+    lines = [line for line in printed.splitlines() if not line.startswith("LoRA: ")]
     assert status == 1 and len(lines) == 1 and named in lines[0]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 
 import pytest
 import torch
@@ -115,6 +114,23 @@ def test_template_that_does_not_continue_the_prompt(toy_folder):
         pt.preprocess(dataset(ROWS), tokenizer, 1000, 0, "")
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no') }}", "{% if %}", "{{ 1 / 0 }}", "{{ messages[9].x.y }}"]
+)
+def test_template_that_fails(template, toy_folder):
+    tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
+    tokenizer.chat_template = template
+    with pytest.raises(SystemExit, match="chat template fails"):
+        pt.preprocess(dataset(ROWS), tokenizer, 1000, 0, "")
+
+
+def test_template_that_drops_the_answer(toy_folder):
+    tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    samples, counts = pt.preprocess(dataset(ROWS), tokenizer, 1000, 0, "")
+    assert not samples and counts["malformed"] == len(ROWS)
+
+
 def test_counts(toy_folder):
     tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
     good = {"type": "MATH", "query": "What?", "response": "That."}
@@ -126,10 +142,12 @@ def test_counts(toy_folder):
         {"response": "long " * 300},
         {"type": None},
         {"type": "x"},
+        {"query": "What is <|mdm_mask|>?"},
+        {"response": "This<|eot_id|> and that"},
     ]
     rows = [good, *({**good, **change} for change in changes)]
     samples, counts = pt.preprocess(dataset(rows), tokenizer, 200, 0, "GSM")
-    assert counts == {"read": 8, "filtered by type": 1, "malformed": 3, "too long": 1, "kept": 3}
+    assert counts == {"read": 10, "filtered by type": 1, "malformed": 5, "too long": 1, "kept": 3}
     assert len(samples) == 3
     assert len(pt.preprocess(dataset(rows), tokenizer, 200, 0, "")[0]) == 4  # "" filters nothing
     samples, counts = pt.preprocess(dataset([good] * 9), tokenizer, 200, 5, "GSM")
@@ -170,7 +188,9 @@ BAD = {
     "negative max_len": (["--max_len", "-1"], "--max_len -1"),
     "negative max_samples": (["--max_samples", "-1"], "--max_samples -1"),
     "output below a file": (["--output", "rows/rows.jsonl/x.pt"], "rows/rows.jsonl/x.pt"),
-    "output is a folder": (["--output", "rows"], "--output rows"),
+    "output is a folder": (["--output", "rows"], "--output 'rows'"),
+    "output is the dataset": (["--output", "rows/rows.jsonl", "--overwrite"], "--dataset itself"),
+    "not UTF-8": (["--dataset", "latin.jsonl"], "latin.jsonl"),
     "output exists": (["--output", "old.pt"], "--overwrite"),
     "unknown flag": (["--max_length", "5"], "--max_length"),
 }
@@ -189,6 +209,7 @@ def test_bad_input_is_one_message_and_no_output(case, toy_folder, tmp_path, caps
     for name, text in {**files, "columns.jsonl": '{"question": "x", "response": "y"}\n'}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
+    (tmp_path / "latin.jsonl").write_bytes(rows.replace("Ada", "\xe9").encode("latin-1", "replace"))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     arguments, named = BAD[case]
     default = ["--model", toy_folder / "model", "--dataset", "rows/rows.jsonl", "--output", "new.pt"]
@@ -225,4 +246,3 @@ def test_published_flags_and_defaults():
     assert (args.output, args.model) == ("MathQA_256.pt", "GSAI-ML/LLaDA-8B-Instruct")
     assert (args.dataset, args.split, args.filter_type) == ("meta-math/MetaMathQA", "train", "GSM")
     assert (args.max_len, args.max_samples) == (256, 20000)
-    assert "pt" in sys.modules and not os.path.exists("MathQA_256.pt")

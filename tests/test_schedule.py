@@ -121,6 +121,10 @@ def test_the_published_optimizer_settings(trainer):
     trainer.LR, trainer.MICRO_BSIZE = 1e-5, 32
     config = trainer.ds_config(200)
     adamw = config["optimizer"]["params"]
+    trainer.GRAD_CLIP, trainer.WARMUP_RATIO, trainer.LR = 0.5, 0.25, 1e-3
+    other = trainer.ds_config(200)
+    assert (other["gradient_clipping"], other["scheduler"]["params"]["warmup_num_steps"]) == (0.5, 50)
+    assert other["optimizer"]["params"]["lr"] == 1e-3
     assert (adamw["lr"], adamw["betas"], adamw["eps"], adamw["weight_decay"]) == (1e-5, [0.9, 0.95], 1e-8, 0.0)
     cosine = config["scheduler"]["params"]
     assert (cosine["warmup_num_steps"], cosine["cos_min_ratio"]) == (20, 0.01)
