@@ -65,6 +65,7 @@ def test_two_ranks_uneven_data_accumulation_and_an_early_end(toy_folder, tmp_pat
     assert run["constants"]["GRAD_ACC"] == 2 and run["versions"]["torch"] == torch.__version__
     assert run["pt_sha256"] == hashlib.sha256((tmp_path / "seven.pt").read_bytes()).hexdigest()
     assert budget["forward tokens"] == 8 * steps * 256
+    assert budget["draws"] * 5 < budget["supervised tokens"] < budget["draws"] * 27  # 15.5 expected, or less
     assert budget["trained parameters"] == 3 * (3 * (96 + 96) + 96 + 256) * 4
     assert all(
         f"{budget[name]:,} {name}" in printed for name in ("draws left out", "forward tokens", "supervised tokens")
@@ -134,17 +135,18 @@ def test_ctrl_c_is_one_line_and_keeps_the_log(toy_folder, tmp_path):
 
 def test_dropout_alone_depends_on_the_ranks(toy_folder, tmp_path, monkeypatch, blockwise):
     """The one seed that main sets behind the adapter's is SEED + rank (T4)."""
-    seeds = []
+    seeds, started = [], []
     monkeypatch.setattr(sys, "argv", ["train_blockwise.py", *data(toy_folder, MICRO_BSIZE=2, SEED=7)])
     monkeypatch.setattr(torch, "manual_seed", seeds.append)
     monkeypatch.setattr(blockwise.deepspeed, "init_distributed", lambda: None)
     monkeypatch.setattr(blockwise.deepspeed, "initialize", lambda **_: (None,))
-    monkeypatch.setattr(blockwise, "start_records", lambda *_: sys.exit("far enough"))
+    monkeypatch.setattr(blockwise, "start_records", lambda *given: started.append(given) or sys.exit("far enough"))
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="far enough"):
         blockwise.main()
     assert seeds == [7, 7]
+    assert started[0][3] == 126081  # rows are padded with the end-of-text token (T10)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setattr(blockwise, "tqdm", lambda *_, **__: sys.exit("far enough"))
     with pytest.raises(SystemExit, match="far enough"):

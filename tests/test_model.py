@@ -55,11 +55,17 @@ def test_merged_model_computes_what_the_adapted_one_does(trainer):
     assert (ours - theirs).abs().max() < 0.05 * (before - theirs).abs().max()
 
 
-def test_checkpoint_loads_by_itself(trainer, tmp_path):
+def test_checkpoint_appears_whole_and_loads_by_itself(trainer, tmp_path, monkeypatch):
     model = adapted(trainer)
     tokenizer = AutoTokenizer.from_pretrained(trainer.MODEL_NAME, fix_mistral_regex=False)
+    renamed, rename = [], os.rename
+    monkeypatch.setattr(
+        os, "rename", lambda *paths: renamed.append((set(os.listdir(paths[0])), *paths)) or rename(*paths)
+    )
     trainer.save_checkpoint(model, tokenizer, str(tmp_path / "a" / "checkpoint"))
     assert os.listdir(tmp_path / "a") == ["checkpoint"]
+    whole = {"model.safetensors", "tokenizer.json", "config.json", "modeling_llada.py", "configuration_llada.py"}
+    assert whole <= renamed[-1][0] and renamed[-1][2] == str(tmp_path / "a" / "checkpoint")
     (tmp_path / "b.partial").mkdir()  # of somebody else, who keeps it
     trainer.save_checkpoint(model, tokenizer, str(tmp_path / "b"))
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "b.partial"]

@@ -99,10 +99,12 @@ CONSTANTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), CONSTANTS)
-def test_constants_out_of_range(trainer, monkeypatch, name, value):
-    if name not in trainer.CONSTANTS:
-        pytest.skip("a constant of the other method")
+@pytest.mark.parametrize(
+    ("method", "name", "value"),
+    [(method, name, value) for method in TRAINERS for name, value in CONSTANTS if name in TRAINERS[method].CONSTANTS],
+)
+def test_constants_out_of_range(request, method, name, value):
+    trainer = request.getfixturevalue(method)
     setattr(trainer, name, value)
     (problem,) = trainer.check_constants()
     assert name in problem and repr(value) in problem and "must be" in problem
