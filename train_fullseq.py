@@ -203,21 +203,21 @@ def merge(model):
     return merged
 
 
-def unused(path):
-    """`path`, or the first of `path`-v2, `path`-v3, ... that does not exist."""
+def unused(path):  # or the first of path-v2, path-v3, ... that does not exist
     names = (path if number == 1 else f"{path}-v{number}" for number in range(1, 10**6))
     return next(name for name in names if not os.path.exists(name))
 
 
 def save_checkpoint(model, tokenizer, path):
-    """Write the merged model and its tokenizer to the folder `path`, which appears only when whole."""
+    """Write the merged model and its tokenizer to the folder `path`, which appears only when whole; "" or why not."""
     partial = unused(f"{path}.partial")
     try:
         model.get_base_model().save_pretrained(partial, state_dict=merge(model), max_shard_size="5GB")
         tokenizer.save_pretrained(partial)
         os.rename(partial, path)
+        return ""
     except (OSError, SafetensorError) as error:
-        sys.exit(f"{path} cannot be written ({error!r:.300}); free some space or give another CKPT_DIR")
+        return f"{path} cannot be written ({error!r:.300}); free some space or give another CKPT_DIR"
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -244,9 +244,9 @@ def check_constants():
     for kind, low, high, names in RANGES:
         for name in names.split():
             value, limits = globals()[name], "not empty" if low is None else f"{low} to {high}"
-            typed = type(value) is kind or (kind is float and type(value) is int)
-            right = typed and (bool(value) if low is None else low <= value <= high)
-            if not right and not (value is None and name in OPTIONAL):
+            fits_kind = type(value) is kind or (kind is float and type(value) is int)
+            left_open = value is None and name in OPTIONAL
+            if not left_open and not (fits_kind and (value if low is None else low <= value <= high)):
                 yield f"{name} = {value!r}: must be {kind.__name__}, {limits}{' or None' if name in OPTIONAL else ''}"
 
 
@@ -355,7 +355,7 @@ def main():
     logs = start_records(examples, draws, budget, pad_id, world_size) if rank == 0 else ""
     with open(f"{logs}/train_loss.csv" if rank == 0 else os.devnull, "w", buffering=1) as log:
         log.write("step,loss\n")
-        tokens = budget["forward tokens"] // steps
+        tokens = numbers[0].size * MAX_LEN  # of a step
         for step in (bar := tqdm(range(1, steps + 1), unit=" tokens", unit_scale=tokens, disable=rank != 0)):
             loss_sum = torch.zeros((), device=device)
             for micro_batch in numbers[step - 1, :, rank]:
@@ -370,9 +370,10 @@ def main():
             bar.set_postfix(step=f"{step}/{steps}", loss=f"{loss_sum.item():.3f}", lr=f"{lr:.1e}")
             if step == steps or (SAVE_EVERY and step % SAVE_EVERY == 0):
                 path = unused(f"{CKPT_DIR}_step{step:04d}" + logs.removeprefix(f"{CKPT_DIR}_logs"))
-                if rank == 0:
-                    save_checkpoint(model, tokenizer, path)
-                deepspeed.comm.barrier()
+                problem = save_checkpoint(model, tokenizer, path) if rank == 0 else ""
+                deepspeed.comm.all_reduce(failed := torch.tensor(len(problem), device=device))  # the others wait here
+                if failed:
+                    sys.exit(problem or 1)
     if rank == 0:
         print(f"{steps} steps, {budget['supervised tokens']:,} supervised tokens; saved {path}, logged to {logs}")
     deepspeed.comm.destroy_process_group()
