@@ -84,8 +84,7 @@ def load_examples():
         if type(prompt_len) is not int or not 0 < prompt_len <= len(ids):
             raise wrong(f"row {number} has prompt_len {prompt_len!r} of {len(ids)} ids")
     cut = [(row["prompt_len"], row["full_ids"][:MAX_LEN]) for row in rows[:MAX_SAMPLES]]
-    # Differs from the published script (T11): both methods drop and count rows without an answer
-    examples = [(prompt_len, ids) for prompt_len, ids in cut if prompt_len < len(ids)]
+    examples = [(prompt_len, ids) for prompt_len, ids in cut if prompt_len < len(ids)]  # (T11) by both methods
     return examples, len(cut) - len(examples)
 
 
