@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from bisect import bisect_left
+from itertools import chain
 
 import torch
 from datasets import load_dataset
@@ -181,8 +182,12 @@ def encode(tokenizer, prompts, texts, max_len):
     return samples
 
 
-def is_text(value):
-    return isinstance(value, str) and bool(value.strip())
+def judge(kind, query, response, filter_type, spells_special):
+    """What becomes of a row by its text alone: "filtered by type", "malformed" or "kept"."""
+    if filter_type and isinstance(kind, str) and filter_type in kind:
+        return "filtered by type"
+    texts = [text for text in (query, response) if isinstance(text, str) and text.strip() and not spells_special(text)]
+    return "kept" if len(texts) == 2 else "malformed"
 
 
 def process(batch, tokenizer, header, max_len, filter_type):
@@ -193,24 +198,20 @@ def process(batch, tokenizer, header, max_len, filter_type):
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     spells_special = re.compile("|".join(map(re.escape, special)) or "(?!)").search
-    kinds = batch.get("type") or [None] * len(batch["query"])
-    outcomes = []
-    for kind, query, response in zip(kinds, batch["query"], batch["response"], strict=True):
-        filtered = bool(filter_type) and isinstance(kind, str) and filter_type in kind
-        whole = is_text(query) and is_text(response) and not spells_special(query) and not spells_special(response)
-        outcomes.append("filtered by type" if filtered else "kept" if whole else "malformed")
-    chosen = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
-    samples = [None] * len(outcomes)
-    if chosen:
-        texts = render(tokenizer, header, [batch["query"][i] for i in chosen], [batch["response"][i] for i in chosen])
-        for i, sample in zip(chosen, encode(tokenizer, *texts, max_len), strict=True):
-            if sample is None:
-                outcomes[i] = "too long"
-            elif sample["prompt_len"] == len(sample["full_ids"]):
-                outcomes[i] = "malformed"
-            else:
-                samples[i] = sample
-    return zip(outcomes, samples, strict=True)
+    queries, responses = batch["query"], batch["response"]
+    rows = zip(batch.get("type") or [None] * len(queries), queries, responses, strict=True)
+    outcomes = [(judge(*row, filter_type, spells_special), None) for row in rows]
+    chosen = [i for i, (outcome, _) in enumerate(outcomes) if outcome == "kept"]
+    if not chosen:
+        return outcomes
+    texts = render(tokenizer, header, [queries[i] for i in chosen], [responses[i] for i in chosen])
+    for i, sample in zip(chosen, encode(tokenizer, *texts, max_len), strict=True):
+        if sample is None:
+            outcomes[i] = ("too long", None)
+        else:
+            answered = sample["prompt_len"] < len(sample["full_ids"])
+            outcomes[i] = ("kept", sample) if answered else ("malformed", None)
+    return outcomes
 
 
 def preprocess(rows, tokenizer, max_len, max_samples, filter_type):
@@ -221,18 +222,15 @@ def preprocess(rows, tokenizer, max_len, max_samples, filter_type):
         counts: dict of rows read, filtered by type, malformed, too long, kept.
     """
     header = find_trailing_header(tokenizer)
+    batches = (process(batch, tokenizer, header, max_len, filter_type) for batch in rows.iter(BATCH_ROWS))
     counts = dict.fromkeys(("read", "filtered by type", "malformed", "too long", "kept"), 0)
     samples = []
-    with tqdm(total=len(rows), unit=" rows", desc="preprocess") as bar:
-        for batch in rows.iter(BATCH_ROWS):
-            for outcome, sample in process(batch, tokenizer, header, max_len, filter_type):
-                bar.update()
-                counts["read"] += 1
-                counts[outcome] += 1
-                if sample:
-                    samples.append(sample)
-                    if len(samples) == max_samples:
-                        return samples, counts
+    for outcome, sample in tqdm(chain.from_iterable(batches), total=len(rows), unit=" rows", desc="preprocess"):
+        counts["read"] += 1
+        counts[outcome] += 1
+        samples += [sample] if sample else []
+        if sample and len(samples) == max_samples:
+            break
     return samples, counts
 
 

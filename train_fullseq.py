@@ -352,27 +352,27 @@ def main():
     engine, *_ = deepspeed.initialize(model=model.train(), model_parameters=adapter, config=ds_config(steps))
     torch.manual_seed(SEED + rank)  # of dropout, the one thing that depends on the number of ranks
     logs = start_records(examples, draws, budget, pad_id, world_size) if rank == 0 else ""
-    with open(f"{logs}/train_loss.csv" if rank == 0 else os.devnull, "w", buffering=1) as log:
-        log.write("step,loss\n")
-        tokens = numbers[0].size * MAX_LEN  # of a step
-        for step in (bar := tqdm(range(1, steps + 1), unit=" tokens", unit_scale=tokens, disable=rank != 0)):
-            loss_sum = torch.zeros((), device=device)
-            for micro_batch in numbers[step - 1, :, rank]:
-                batch = [tensor.to(device) for tensor in make_batch(examples, draws, micro_batch, pad_id)]
-                loss = supervised_loss(engine, *batch)
-                engine.backward(loss)
-                lr = engine.get_lr()[0]
-                engine.step()
-                loss_sum += loss.detach() / (GRAD_ACC * world_size)
-            deepspeed.comm.all_reduce(loss_sum)  # (T16) the mean over micro-batches and ranks
-            log.write(f"{step},{loss_sum.item():.6f}\n")
-            bar.set_postfix(step=f"{step}/{steps}", loss=f"{loss_sum.item():.3f}", lr=f"{lr:.1e}")
-            if step == steps or (SAVE_EVERY and step % SAVE_EVERY == 0):
-                path = unused(f"{CKPT_DIR}_step{step:04d}" + logs.removeprefix(f"{CKPT_DIR}_logs"))
-                problem = save_checkpoint(model, tokenizer, path) if rank == 0 else ""
-                deepspeed.comm.all_reduce(failed := torch.tensor(len(problem), device=device))  # the others wait here
-                if failed:
-                    sys.exit(problem or 1)
+    log = open(f"{logs}/train_loss.csv" if rank == 0 else os.devnull, "w", buffering=1)  # noqa: SIM115 (until the end)
+    log.write("step,loss\n")
+    tokens = numbers[0].size * MAX_LEN  # of a step
+    for step in (bar := tqdm(range(1, steps + 1), unit=" tokens", unit_scale=tokens, disable=rank != 0)):
+        loss_sum = torch.zeros((), device=device)
+        for micro_batch in numbers[step - 1, :, rank]:
+            batch = [tensor.to(device) for tensor in make_batch(examples, draws, micro_batch, pad_id)]
+            loss = supervised_loss(engine, *batch)
+            engine.backward(loss)
+            lr = engine.get_lr()[0]
+            engine.step()
+            loss_sum += loss.detach() / (GRAD_ACC * world_size)
+        deepspeed.comm.all_reduce(loss_sum)  # (T16) the mean over micro-batches and ranks
+        log.write(f"{step},{loss_sum.item():.6f}\n")
+        bar.set_postfix(step=f"{step}/{steps}", loss=f"{loss_sum.item():.3f}", lr=f"{lr:.1e}")
+        if step == steps or (SAVE_EVERY and step % SAVE_EVERY == 0):
+            path = unused(f"{CKPT_DIR}_step{step:04d}" + logs.removeprefix(f"{CKPT_DIR}_logs"))
+            problem = save_checkpoint(model, tokenizer, path) if rank == 0 else ""
+            deepspeed.comm.all_reduce(failed := torch.tensor(len(problem), device=device))  # the others wait here
+            if failed:
+                sys.exit(problem or 1)
     if rank == 0:
         print(f"{steps} steps, {budget['supervised tokens']:,} supervised tokens; saved {path}, logged to {logs}")
     deepspeed.comm.destroy_process_group()
