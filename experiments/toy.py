@@ -19,7 +19,6 @@ import socket
 import subprocess
 import sys
 import time
-from itertools import count
 from unittest import mock
 
 import torch
@@ -34,6 +33,7 @@ EXPERIMENTS = os.path.dirname(os.path.abspath(__file__))
 SUITE = os.path.dirname(EXPERIMENTS)
 sys.path.insert(0, SUITE)
 
+import train_blockwise
 from pt import PROMPT
 
 # The toy's data
@@ -232,9 +232,7 @@ def build_tokenizer(texts):
 def pretrain(tokenizer, texts, generator):
     """A small LLaDA pretrained on `texts`, its embedding and head over the full vocabulary, in bf16.
 
-    LLaDA's objective: mask every token with t ~ U(0, 1), cross-entropy of the masked ones weighted by 1/t (Nie et
-    al., arXiv 2502.09992, eq. 3). It runs on the ids in use plus one that stands for all others: those share one
-    embedding and one head row, so adding log(their number) to its logit makes the softmax that of the full vocabulary.
+    It runs on the ids in use plus one that stands for all others, which share one embedding and one head row.
     """
     config = LLaDAConfig(**SHAPE)
     used = sorted(set(range(BPE_TOKENS)) | set(SPECIAL_TOKENS))
@@ -247,19 +245,29 @@ def pretrain(tokenizer, texts, generator):
         warm, rest = min(1, step / 20), 0.5 + 0.5 * math.cos(math.pi * step / PRETRAIN_STEPS)
         optimizer.param_groups[0]["lr"] = PRETRAIN_LR * warm * rest
         batch = rows[torch.randint(len(rows), (PRETRAIN_BATCH,), generator=generator)]
-        t = torch.rand(len(batch), 1, generator=generator).clamp(min=0.02)
-        masked = torch.rand(batch.shape, generator=generator) < t
-        logits = model(batch.masked_fill(masked, row_of[config.mask_token_id])).logits[masked]
-        logits[:, -1] += math.log(config.embedding_size - len(used))
-        loss = (
-            cross_entropy(logits, batch[masked], reduction="none") / t.expand_as(masked)[masked]
-        ).sum() / masked.numel()
+        loss = pretraining_loss(
+            model, batch, row_of[config.mask_token_id], config.embedding_size - len(used), generator
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.2f}")
     return widen(model, config, row_of)
+
+
+def pretraining_loss(model, batch, mask_id, others, generator):
+    """LLaDA's objective on `batch` (B, L): every token masked with t ~ U(0, 1), cross-entropy weighted by 1/t.
+
+    Nie et al., arXiv 2502.09992, eq. 3. The last id stands for `others` ids: adding log(others) to its logit makes
+    the softmax that of the full vocabulary.
+    """
+    t = torch.rand(len(batch), 1, generator=generator).clamp(min=0.02)  # (B, 1)
+    masked = torch.rand(batch.shape, generator=generator) < t  # (B, L)
+    logits = model(batch.masked_fill(masked, mask_id)).logits[masked]  # (M, V)
+    logits[:, -1] += math.log(others)
+    nll = cross_entropy(logits, batch[masked], reduction="none")  # (M,)
+    return (nll / t.expand_as(masked)[masked]).sum() / masked.numel()
 
 
 def encode_padded(tokenizer, texts):
@@ -278,6 +286,17 @@ def widen(model, config, row_of):
         state[name] = state[name][row_of]
     wide.load_state_dict(state)
     return wide.to(torch.bfloat16)
+
+
+def write_model(model, tokenizer, folder):
+    """Write a model folder that brings its code along, as LLaDA's does."""
+    model.config.architectures = ["LLaDAModelLM"]
+    code = {"AutoModel": "modeling_llada.LLaDAModelLM", "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"}
+    model.config.auto_map = {"AutoConfig": "configuration_llada.LLaDAConfig", **code}
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in glob.glob(os.path.join(EXPERIMENTS, "toy_llada", "*.py")):
+        shutil.copy(path, folder)
 
 
 def build(folder, seed=0):
@@ -303,13 +322,7 @@ def build(folder, seed=0):
     texts = [f"{row['query']}\n\n{row['response']}" for row in word_problems(rng, PRETRAIN_ROWS, seen)]
     tokenizer = build_tokenizer([PROMPT, *texts])
     model = pretrain(tokenizer, texts, generator)
-    model.config.architectures = ["LLaDAModelLM"]
-    code = {"AutoModel": "modeling_llada.LLaDAModelLM", "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"}
-    model.config.auto_map = {"AutoConfig": "configuration_llada.LLaDAConfig", **code}
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    for path in glob.glob(os.path.join(EXPERIMENTS, "toy_llada", "*.py")):
-        shutil.copy(path, target)
+    write_model(model, tokenizer, target)
     for name in ("data", "model"):
         os.rename(os.path.join(partial, name), os.path.join(folder, name))
     os.rmdir(partial)
@@ -334,14 +347,18 @@ def launch(arguments, folder):
     return time.time() - start
 
 
+def launcher(ranks):
+    """The launcher's part of a command line, on a port that no other run on this machine has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free.getsockname()[1])]
+
+
 def train(script, folder, ranks):
     """Train with `script` through the launcher; a row of the closing table."""
     flags = [word for name, value in RUN.items() for word in (f"--{name}", str(value))]
     flags += ["--MODEL_NAME", "model", "--PT_FILE", "train.pt", "--CKPT_DIR", script]
-    with socket.socket() as free:  # a port that no other run on this machine has
-        free.bind(("127.0.0.1", 0))
-        launcher = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free.getsockname()[1])]
-    command = [*launcher, os.path.join(SUITE, f"train_{script}.py"), *flags]
+    command = [*launcher(ranks), os.path.join(SUITE, f"train_{script}.py"), *flags]
     seconds = launch(command, folder)
     with open(os.path.join(folder, f"{script}_logs", "run_config.json")) as file:
         budget = json.load(file)["budget"]
@@ -364,8 +381,6 @@ def train(script, folder, ranks):
 @torch.no_grad()
 def held_out_loss(checkpoint, folder, batch_rows=8):
     """Load `checkpoint` back and take the blockwise loss of every block of the test problems, noise fixed."""
-    import train_blockwise
-
     with mock.patch.object(train_blockwise, "PT_FILE", os.path.join(folder, "test.pt")):
         examples, _ = train_blockwise.load_examples()
     draws = train_blockwise.schedule(examples, max_draws=sys.maxsize)
@@ -406,8 +421,7 @@ def main():
         build(args.build)
         print(f"built {args.build}/model and {args.build}/data")
         return
-    names = (os.path.join(EXPERIMENTS, "runs", "toy" if n == 1 else f"toy-v{n}") for n in count(1))
-    folder = next(name for name in names if not os.path.exists(name))
+    folder = train_blockwise.unused(os.path.join(EXPERIMENTS, "runs", "toy"))
     os.makedirs(folder)
     run(folder, args.ranks or torch.cuda.device_count() or 2)
 

@@ -3,7 +3,6 @@
 import atexit
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -82,13 +81,6 @@ def launch(command, folder, timeout=240, **environment):
     )
     skip = ("[runner.py:", "[launch.py:", "real_accelerator.py")
     return done.returncode, "\n".join(line for line in done.stdout.splitlines() if not any(s in line for s in skip))
-
-
-def deepspeed(ranks):
-    """The launcher's part of a command line, on a port that no other run on this machine has."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free.getsockname()[1])]
 
 
 def flags(**constants):

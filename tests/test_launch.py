@@ -12,8 +12,9 @@ import time
 
 import pytest
 import torch
-from conftest import SUITE, deepspeed, flags, launch
+from conftest import SUITE, flags, launch
 from safetensors.torch import load_file
+from toy import launcher
 
 
 def data(toy_folder, **constants):
@@ -43,7 +44,7 @@ def test_two_ranks_uneven_data_accumulation_and_an_early_end(toy_folder, tmp_pat
     rows = torch.load(toy_folder / "train.pt", weights_only=True)[:7]
     torch.save(rows, tmp_path / "seven.pt")
     constants = data(toy_folder, MICRO_BSIZE=2, GRAD_ACC=2, LR=1e-2, TOTAL_TRAIN_STEPS=100, SAVE_EVERY=2)
-    command = [*deepspeed(2), SUITE / "train_blockwise.py", *constants, "--PT_FILE", "seven.pt"]
+    command = [*launcher(2), SUITE / "train_blockwise.py", *constants, "--PT_FILE", "seven.pt"]
     (tmp_path / "ckpts_stagewise_sft_32_logs").mkdir()  # a taken name
     status, printed = launch(command, tmp_path)
     assert status == 0, printed
@@ -99,7 +100,7 @@ def test_ranks_and_accumulation_share_a_global_batch_without_changing_it(toy_fol
         nothing = dict.fromkeys(("CXX", "CC", "TORCH_EXTENSIONS_DIR"), "/no/such/place")
         status, printed = launch([sys.executable, script, *constants, *sizes], tmp_path, **nothing)
         assert status == 0, printed
-    two = [*deepspeed(2), script, *constants, *flags(MICRO_BSIZE=2, CKPT_DIR="two")]
+    two = [*launcher(2), script, *constants, *flags(MICRO_BSIZE=2, CKPT_DIR="two")]
     status, printed = launch(two, tmp_path)
     assert status == 0, printed
     assert printed.count("supervised tokens") == 2  # rank 0 alone speaks, at the start and at the end

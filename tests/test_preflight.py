@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SUITE, TRAINERS, deepspeed, flags, launch
+from conftest import SUITE, TRAINERS, flags, launch
 from safetensors.torch import load_file, save_file
+from toy import launcher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GOOD = {"prompt_len": 3, "full_ids": torch.arange(10, 30)}
@@ -260,7 +261,7 @@ def test_importing_does_nothing(tmp_path):
 
 def test_a_wrong_run_on_two_ranks(tmp_path, toy_folder):
     """Ends by itself, non-zero, all problems in one message, without a traceback, with nothing left behind."""
-    command = [*deepspeed(2), SUITE / "train_blockwise.py"]
+    command = [*launcher(2), SUITE / "train_blockwise.py"]
     wrong = flags(BLOCK_SIZE=0, MASK_PROB_EPS=1.5, MODEL_NAME=toy_folder / "model", PT_FILE=toy_folder / "train.pt")
     status, printed = launch([*command, *wrong, "--NO_SUCH", "1"], tmp_path)
     assert status != 0
