@@ -1,7 +1,6 @@
 """Blockwise SFT of a masked diffusion LM: train the very state that block decoding meets.
 
-    deepspeed --num_gpus 8 train_blockwise.py                      # eight GPUs; `python` instead: one process
-    deepspeed --num_gpus 8 train_blockwise.py --BLOCK_SIZE 64      # any constant below, for one run
+    deepspeed --num_gpus 8 train_blockwise.py --BLOCK_SIZE 64      # any constant below, for one run; or `python`
 
 Each draw picks one block of one answer: clean text before it, [MASK] behind it, and in it every token masked with
 probability t ~ U(MASK_PROB_EPS, 1). The loss is the cross-entropy of the block's masked tokens (Sun, Cai, Yang, Wang,
@@ -10,14 +9,18 @@ Shapes: B micro-batch, L MAX_LEN, V vocabulary, M supervised positions, N draws 
 """
 
 import ast
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from contextlib import suppress
+from glob import escape, glob
 from importlib.metadata import version
 from pathlib import Path
+from zipfile import is_zipfile
 
 import deepspeed
 import numpy as np
@@ -31,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, loggin
 
 # Model and data
 MODEL_NAME = "GSAI-ML/LLaDA-8B-Instruct"  # hub id or local folder
+MODEL_REVISION = "main"  # of a hub model and its code, which is run: branch, tag or, to pin both, commit
 MASK_ID = 126336  # LLaDA's <|mdm_mask|>
 PT_FILE = "MathQA_256.pt"  # written by pt.py
 MAX_SAMPLES = 200 * 32  # rows of PT_FILE, from its beginning
@@ -54,67 +58,65 @@ LORA_RANK = 256
 LORA_ALPHA = None  # None = 2 * LORA_RANK
 LORA_DROPOUT = 0.05
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj"]  # linear layers by the end of their names
-CKPT_DIR = "ckpts_stagewise_sft_32"  # prefix of {CKPT_DIR}_stepXXXX/ and {CKPT_DIR}_logs/
+CKPT_DIR = "ckpts_stagewise_sft_32"  # prefix of {CKPT_DIR}_stepXXXX/, {CKPT_DIR}_logs/ and {CKPT_DIR}_state/
 SAVE_EVERY = None  # steps; None = at the end only; the last step is always saved
+STATE_EVERY = 50  # steps that a killed run loses at most when the same command goes on with it; None = all
 
 CONSTANTS = [name for name in globals() if name.isupper()]
 ABLATION = ["PREFIX_MASK_RATE", "SUFFIX_MASK_PROB", "BLOCK_SIZE"]  # go into ablation_config.json
-OPTIONAL = ["TOTAL_TRAIN_STEPS", "SAVE_EVERY", "LORA_ALPHA"]  # may be None
 RANGES = [  # type, lowest, highest, constants
-    (str, None, None, "MODEL_NAME PT_FILE CKPT_DIR"),
+    (str, None, None, "MODEL_NAME MODEL_REVISION PT_FILE CKPT_DIR"),
     (list, None, None, "LORA_TARGETS"),
     (bool, False, True, "MASK_PADDING"),
     (int, 0, 2**32 - 1, "SEED MASK_ID"),
-    (int, 1, 1e6, "MAX_SAMPLES MAX_LEN EPOCHS MICRO_BSIZE GRAD_ACC TOTAL_TRAIN_STEPS SAVE_EVERY LORA_RANK BLOCK_SIZE"),
-    (float, 0, 1, "LR WARMUP_RATIO LORA_DROPOUT MASK_PROB_EPS PREFIX_MASK_RATE SUFFIX_MASK_PROB"),
-    (float, 0, 1e6, "GRAD_CLIP LORA_ALPHA"),
+    (int, 1, 1e6, "MAX_SAMPLES MAX_LEN EPOCHS MICRO_BSIZE GRAD_ACC LORA_RANK BLOCK_SIZE"),
+    (int | None, 1, 1e6, "TOTAL_TRAIN_STEPS SAVE_EVERY STATE_EVERY"),
+    (int | float, 0, 1, "LR WARMUP_RATIO LORA_DROPOUT MASK_PROB_EPS PREFIX_MASK_RATE SUFFIX_MASK_PROB"),
+    (int | float, 0, 1e6, "GRAD_CLIP"),
+    (int | float | None, 0, 1e6, "LORA_ALPHA"),
 ]
 
 
 def load_examples():
-    """The first MAX_SAMPLES rows of PT_FILE as [(prompt_len, ids)], ids cut to MAX_LEN; and how many had no answer."""
+    """The first MAX_SAMPLES rows of PT_FILE as [(prompt_len, ids)], ids cut to MAX_LEN."""
     wrong = lambda why: ValueError(f"{PT_FILE = }: {why}; make it with pt.py")
     try:
         rows = torch.load(PT_FILE, weights_only=True)  # a pickle with code is refused
     except Exception as error:
         raise wrong("damaged, or not written by pt.py" if os.path.isfile(PT_FILE) else "no such file") from error
-    if not isinstance(rows, list) or not rows:
-        raise wrong(f"must be a list of rows and is {rows!r:.40}")
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
         prompt_len, ids = (row.get("prompt_len"), row.get("full_ids")) if isinstance(row, dict) else (None, None)
         if not isinstance(ids, torch.Tensor) or ids.dtype != torch.long or ids.dim() != 1 or (ids < 0).any():
             raise wrong(f"row {number} has full_ids {ids!r:.60}, which is no one-dimensional LongTensor of ids")
         if type(prompt_len) is not int or not 0 < prompt_len <= len(ids):
             raise wrong(f"row {number} has prompt_len {prompt_len!r} of {len(ids)} ids")
-    cut = [(row["prompt_len"], row["full_ids"][:MAX_LEN]) for row in rows[:MAX_SAMPLES]]
-    examples = [(prompt_len, ids) for prompt_len, ids in cut if prompt_len < len(ids)]  # (T11) by both methods
-    return examples, len(cut) - len(examples)
+    return [(row["prompt_len"], row["full_ids"][:MAX_LEN]) for row in rows[:MAX_SAMPLES]]
 
 
 def schedule(examples, max_draws):
-    """Which sample and which of its blocks each draw of the run trains; (N, 2) with N <= max_draws.
-
-    Pass after pass, every sample that has blocks left is visited once, in a new order, and one of these blocks is
-    drawn uniformly. Each (sample, block) is drawn at most once (T9); when all are used, the list ends.
-    """
+    """Which sample and which of its blocks each draw of the run trains: (N, 2), N <= max_draws. Pass after pass, the
+    samples with blocks left come once each, in a new order, with one of these blocks, drawn uniformly, once (T9)."""
     rng = np.random.default_rng((SEED, 0, 1))  # a stream that no draw's noise has
-    blocks = [rng.permutation(-(-(len(ids) - prompt_len) // BLOCK_SIZE)) for prompt_len, ids in examples]
     draws = []
-    for visit in range(max(map(len, blocks))):
-        left = [sample for sample, order in enumerate(blocks) if visit < len(order)]
-        draws += [(sample, blocks[sample][visit]) for sample in rng.permutation(left)]
-    return np.array(draws[:max_draws])
+    for sample, (prompt_len, ids) in enumerate(examples):
+        blocks = rng.permutation(-(-max(0, len(ids) - prompt_len) // BLOCK_SIZE))
+        draws += [(visit, rng.random(), sample, block) for visit, block in enumerate(blocks)]
+    return np.array([draw[2:] for draw in sorted(draws)[:max_draws]])
 
 
-def plan(examples, dropped, world_size):
+def plan(examples, world_size):
     """The run: draws (N, 2), their numbers by (step, GRAD_ACC, rank, MICRO_BSIZE), and its budget."""
     # Differs from the published script (T1, T3): all steps are taken on any number of GPUs, by every rank alike
     global_batch = MICRO_BSIZE * GRAD_ACC * world_size
     max_steps = TOTAL_TRAIN_STEPS or MAX_SAMPLES * EPOCHS // (MICRO_BSIZE * GRAD_ACC)
-    draws = schedule(examples, max_steps * global_batch)
+    samples = sum(prompt_len < len(ids) for prompt_len, ids in examples)  # (T11) the others are never drawn
+    draws = schedule(examples, max_steps * global_batch) if samples >= MICRO_BSIZE else []
     steps, left_out = divmod(len(draws), global_batch)
+    if steps == 0:
+        sizes = f"{MICRO_BSIZE = }, {GRAD_ACC = }, {MAX_SAMPLES = }, {MAX_LEN = }, {world_size} ranks"
+        raise ValueError(f"{PT_FILE = } has {samples} rows with an answer, too few for one step; lower some of {sizes}")
     draws = draws[: steps * global_batch]
-    budget = {"samples": len(examples), "samples without an answer": dropped, "passes": len(draws) / len(examples)}
+    budget = {"samples": samples, "samples without an answer": len(examples) - samples, "passes": len(draws) / samples}
     budget |= {"steps": steps, "global batch": global_batch, "draws": len(draws), "draws left out": left_out}
     budget["forward tokens"] = len(draws) * MAX_LEN
     return draws, np.arange(len(draws)).reshape(steps, GRAD_ACC, world_size, MICRO_BSIZE), budget
@@ -131,11 +133,9 @@ def make_batch(examples, draws, numbers, pad_id):
 
 
 def corrupt(input_ids, prompt_len, length, block, noise):
-    """Show the state that decoding meets in `block`: clean before it, masked at rate t inside, hidden behind.
-
-    From input_ids (B, L), the (B, 1) prompt_len, length and block, and noise (B, 1 + L) uniform on [0, 1) to
-    noisy_ids (B, L) and loss_mask (B, L), True = supervised: the masked tokens of the active block.
-    """
+    """Show the state that decoding meets in `block`: clean before it, masked at rate t inside, hidden behind. From the
+    (B, L) input_ids, the (B, 1) prompt_len, length and block, and noise (B, 1 + L) uniform on [0, 1) to the (B, L)
+    noisy_ids and loss_mask, True = supervised: the masked tokens of the active block."""
     pos = torch.arange(input_ids.shape[1])  # (L,)
     t = MASK_PROB_EPS + (1 - MASK_PROB_EPS) * noise[:, :1]  # (B, 1)
     first = prompt_len + block * BLOCK_SIZE  # (B, 1)
@@ -149,35 +149,34 @@ def corrupt(input_ids, prompt_len, length, block, noise):
 
 
 def supervised_loss(model, input_ids, noisy_ids, loss_mask):
-    """Mean over rows of the mean cross-entropy over the row's masked positions; a row without any counts as 0.
-
-    With t ~ U(0, 1) over n tokens this is the 1/t-weighted bound divided by n + 1, so there is no weight 1/t. A hook
-    drops all other positions on their way into the head. input_ids, noisy_ids, loss_mask: (B, L).
-    """
+    """Mean over rows of the mean cross-entropy over the row's masked positions; 0 for a row without any. With n tokens
+    and t ~ U(0, 1) it is the 1/t-weighted bound over n + 1. All (B, L); a hook drops other positions at the head."""
     select = lambda _, inputs: (inputs[0][loss_mask],) if inputs[0].is_floating_point() else None
     with model.get_output_embeddings().register_forward_pre_hook(select):
         logits = model(input_ids=noisy_ids).logits
     logits = logits[loss_mask] if logits.dim() == 3 else logits  # a head tied to the embedding bypasses the hook
     nll = cross_entropy(logits.float(), input_ids[loss_mask], reduction="none")  # (M,)
-    row = loss_mask.nonzero()[:, 0]  # (M,)
-    return (nll / loss_mask.sum(1)[row]).sum() / len(input_ids)
+    share = (loss_mask / loss_mask.sum(1, keepdim=True))[loss_mask]  # (M,) of its row
+    return (share * nll).sum() / len(input_ids)
+
+
+def fetch(auto_class, **options):  # of the model; its code comes from the same revision
+    return auto_class.from_pretrained(MODEL_NAME, revision=MODEL_REVISION, trust_remote_code=True, **options)
 
 
 def match_targets(model):
-    """The linear layers that each of LORA_TARGETS matches, {target: [names]}; never the LM head."""
-    head = model.get_output_embeddings()
+    """The names of the linear layers that LORA_TARGETS match, never of the LM head."""
+    head, ends = model.get_output_embeddings(), tuple(f".{target}" for target in LORA_TARGETS)
     linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    return {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in LORA_TARGETS}
+    return [name for name in linear if f".{name}".endswith(ends)]
 
 
 def build_model(device):
     """The base model in bf16, loaded straight to `device`, with the same new adapter on every rank."""
-    load = {"trust_remote_code": True, "dtype": torch.bfloat16, "device_map": {"": device}, "output_loading_info": True}
-    model, loaded = AutoModelForCausalLM.from_pretrained(MODEL_NAME, **load)
+    model, loaded = fetch(AutoModelForCausalLM, dtype=torch.bfloat16, device_map={"": device}, output_loading_info=True)
     if missing := sorted(loaded["missing_keys"]):
         sys.exit(f"{MODEL_NAME = }: {len(missing)} weights are missing, such as {missing[0]}; complete it")
-    targets = [name for names in match_targets(model).values() for name in names]
-    alpha = 2 * LORA_RANK if LORA_ALPHA is None else LORA_ALPHA
+    alpha, targets = 2 * LORA_RANK if LORA_ALPHA is None else LORA_ALPHA, match_targets(model)
     torch.manual_seed(SEED)
     lora = peft.LoraConfig(r=LORA_RANK, lora_alpha=alpha, lora_dropout=LORA_DROPOUT, target_modules=targets)
     return peft.get_peft_model(model, lora)
@@ -186,7 +185,7 @@ def build_model(device):
 def ds_config(steps):
     """DeepSpeed's configuration: ZeRO-2, bf16, AdamW, logarithmic warm-up and cosine decay over `steps`."""
     warmup = max(1, int(WARMUP_RATIO * steps))  # Differs from the published script (T14): 0 is refused
-    buckets = {"allgather_bucket_size": int(2e8), "reduce_bucket_size": int(2e8), "contiguous_gradients": True}
+    zero = {"stage": 2, "overlap_comm": True, "allgather_bucket_size": int(2e8), "reduce_bucket_size": int(2e8)}
     adamw = {"lr": LR, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True}  # not compiled
     cosine = {"total_num_steps": steps, "warmup_num_steps": warmup, "cos_min_ratio": 0.01}
     return {
@@ -194,15 +193,15 @@ def ds_config(steps):
         "gradient_accumulation_steps": GRAD_ACC,
         "gradient_clipping": GRAD_CLIP,
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_scatter": True, **buckets},
+        "zero_optimization": zero | {"reduce_scatter": True, "contiguous_gradients": True},
         "optimizer": {"type": "AdamW", "params": adamw},
         "scheduler": {"type": "WarmupCosineLR", "params": cosine},
     }
 
 
 @torch.no_grad()
-def merge(model):
-    """The PeftModel's base weights on the host, adapted ones as W + alpha / r * B A, summed in float32 per layer."""
+def save_merged(model, tokenizer, path):
+    """Write the PeftModel's base, adapted weights as W + alpha / r * B A summed in float32, to the folder `path`."""
     base = model.get_base_model()
     merged = {n.replace(".base_layer.", "."): w.cpu() for n, w in base.state_dict().items() if ".lora_" not in n}
     for name, layer in base.named_modules():
@@ -210,191 +209,192 @@ def merge(model):
             a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
             weight = layer.base_layer.weight.float() + layer.scaling["default"] * (b @ a)
             merged[f"{name}.weight"] = weight.to(layer.base_layer.weight.dtype).cpu()
-    return merged
+    base.save_pretrained(path, state_dict=merged, max_shard_size="5GB")
+    tokenizer.save_pretrained(path)
 
 
-def unused(path):  # or the first of path-v2, path-v3, ... that does not exist
-    names = (path if number == 1 else f"{path}-v{number}" for number in range(1, 10**6))
-    return next(name for name in names if not os.path.exists(name))
-
-
-def save_checkpoint(model, tokenizer, path):
-    """Write the merged model and its tokenizer to the folder `path`, which appears only when whole; "" or why not."""
-    partial = unused(f"{path}.partial")
+def save(path, needed, write):
+    """Let every rank `write` to {CKPT_DIR}_state/partial, which becomes the folder `path` when whole; or OSError."""
+    partial = f"{CKPT_DIR}_state/partial"
     try:
-        model.get_base_model().save_pretrained(partial, state_dict=merge(model), max_shard_size="5GB")
-        tokenizer.save_pretrained(partial)
-        os.rename(partial, path)
-        return ""
-    except (OSError, SafetensorError) as error:
-        return f"{path} cannot be written ({error!r:.300}); free some space or give another CKPT_DIR"
-    finally:
+        if shutil.disk_usage(f"{CKPT_DIR}_state").free < needed:
+            raise OSError(f"{needed / 1e9:.2f} GB are not free")
+        write(partial)
+        os.sync()
+    except Exception as error:  # the disk, torch and safetensors fail in many ways
         shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{path} cannot be saved: {error!r:.300}") from error
+    deepspeed.comm.barrier()
+    if deepspeed.comm.get_rank() == 0 and os.path.exists(partial):
+        os.rename(partial, path)
+
+
+def save_state(engine, step, csv):
+    """Save all that going on after `step` takes, but for the frozen weights, and remove the state before it."""
+    path, before = f"{CKPT_DIR}_state/step{step:04d}", glob(f"{escape(CKPT_DIR)}_state/step*")
+    needed = 14 * engine.module.num_parameters(only_trainable=True)  # bf16; float32, twice more for its moments
+    if path not in before:
+        save(path, needed, lambda partial: engine.save_checkpoint(*os.path.split(partial), {"csv": csv}, False, True))
+        for folder in before:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def claim_run(run):
+    """Lock {CKPT_DIR}_state, which exists while a run is unfinished; write `run` there and to the log folder, or exit
+    if it is of another run, or damaged. Returns the last step saved. Raises BlockingIOError if a run is using it."""
+    os.makedirs(state := f"{CKPT_DIR}_state", exist_ok=True)
+    fcntl.flock(os.open(f"{state}/lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
+    shutil.rmtree(f"{state}/partial", ignore_errors=True)
+    taken = lambda suffix: glob(f"{escape(CKPT_DIR)}_logs{suffix}") + glob(f"{escape(CKPT_DIR)}_step*[0-9]{suffix}")
+    suffix = next(suffix for suffix in ["", *(f"-v{number}" for number in range(2, 10**4))] if not taken(suffix))
+    known = Path(state, "run.json")
+    begun = json.loads(known.read_text()) if known.exists() else run | {"suffix": suffix}
+    if differ := [f"{k} {begun.get(k)!r}, now {v!r}" for k, v in run.items() if begun.get(k) != v and k != "budget"]:
+        sys.exit(f"{state}: unfinished run with {'; '.join(differ)}. Give the same, or another CKPT_DIR, or remove it")
+    step = max((int(name[4:]) for name in os.listdir(state) if name.startswith("step")), default=0)
+    strange = set() if known.exists() else set(os.listdir(state)) - {"lock", "run.json.partial"}
+    if strange or not all(map(is_zipfile, glob(f"{escape(state)}/step{step:04d}/*.pt"))):
+        sys.exit(f"{state} is damaged, or not of a run; remove it to begin anew, or give another CKPT_DIR")
+    print(f"{state}: goes on with the unfinished run after step {step}" if known.exists() else f"{state}: new run")
+    os.makedirs(logs := f"{CKPT_DIR}_logs{begun['suffix']}", exist_ok=True)
+    files = {known: begun, f"{logs}/run_config.json": begun, f"{logs}/ds_zero2.json": ds_config(run["budget"]["steps"])}
+    files[f"{logs}/ablation_config.json"] = {name: globals()[name] for name in ABLATION}
+    for path in filter(files.get, files):
+        Path(f"{path}.partial").write_text(json.dumps(files[path], indent=2) + "\n")
+        os.replace(f"{path}.partial", path)
+    print(", ".join(f"{round(number, 2):,} {name}" for name, number in run["budget"].items()))
+    return step
 
 
 def read_overrides(argv):
-    """Set the constants given as `--NAME VALUE`, lists as a,b; returns messages about what is wrong with them."""
+    """Set the constants given as `--NAME VALUE`, lists as a,b; messages about these, and any constant that is wrong."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--local_rank", help="given by the launcher")
-    for name in CONSTANTS:
-        parser.add_argument(f"--{name}", nargs="?", const="", help=f"now {globals()[name]}".replace("%", "%%"))
+    for name in ["local_rank", *CONSTANTS]:  # the first is given by the launcher
+        parser.add_argument(f"--{name}", nargs="?", const="", help=f"now {globals().get(name)}".replace("%", "%%"))
     given, unknown = parser.parse_known_args(argv)
-    for name in CONSTANTS:
-        if (text := getattr(given, name)) is not None:
-            read = {str: str, list: lambda text: text.split(",")}.get(type(globals()[name]), ast.literal_eval)
-            try:
-                globals()[name] = read(text)
-            except (ValueError, SyntaxError, TypeError):
-                globals()[name] = text  # of the wrong type, as check_constants will say
-    return [f"{word}: no constant of this script; --help lists them" for word in unknown] + list(check_constants())
+    problems = [f"{word}: no constant of this script; --help lists them" for word in unknown]
+    for kind, low, high, name in ((*limits, name) for *limits, names in RANGES for name in names.split()):
+        if (value := getattr(given, name)) is not None:
+            with suppress(ValueError, SyntaxError, TypeError):  # then it stays a text, which is of the wrong type
+                value = {str: str, list: lambda text: text.split(",")}.get(kind, ast.literal_eval)(value)
+            globals()[name] = value
+        value, limits = globals()[name], "not empty" if low is None else f"{low} to {high}"
+        fits = isinstance(value, kind) and (kind is bool or type(value) is not bool)
+        if not fits or (value is not None and not (value if low is None else low <= value <= high)):
+            problems.append(f"{name} = {value!r}: must be {getattr(kind, '__name__', kind)}, {limits}")
+    return problems
 
 
-def check_constants():
-    """Yields a message for every constant of the wrong type or out of its range."""
-    for kind, low, high, names in RANGES:
-        for name in names.split():
-            value, limits = globals()[name], "not empty" if low is None else f"{low} to {high}"
-            fits_kind = type(value) is kind or (kind is float and type(value) is int)
-            left_open = value is None and name in OPTIONAL
-            if not left_open and not (fits_kind and (value if low is None else low <= value <= high)):
-                yield f"{name} = {value!r}: must be {kind.__name__}, {limits}{' or None' if name in OPTIONAL else ''}"
+def preflight(run, world_size):
+    """Messages on all that is wrong, found before the weights are loaded; `run` gets all that decides the result."""
+    run |= {name: globals()[name] for name in CONSTANTS} | {"world_size": world_size, "budget": {}}
+    run["versions"] = {lib: version(lib) for lib in ("torch", "deepspeed", "transformers", "peft", "numpy")}
+    problems, examples = [], []
+    try:
+        draws, numbers, run["budget"] = plan(examples := load_examples(), world_size)
+        masks = (make_batch(examples, draws, part, 0)[2] for part in numbers.reshape(-1, MICRO_BSIZE))
+        run["budget"]["supervised tokens"] = sum(int(mask.sum()) for mask in masks)
+        run["pt_sha256"] = hashlib.sha256(Path(PT_FILE).read_bytes()).hexdigest()
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        config, tokenizer = fetch(AutoConfig), fetch(AutoTokenizer, fix_mistral_regex=False)
+        run["model_commit"] = getattr(config, "_commit_hash", None)  # of a hub model
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, code_revision=MODEL_REVISION)
+        return problems + list(check_model(model, tokenizer, examples, run["budget"]))
+    except Exception as error:  # the hub, the folder and remote code fail in many ways
+        return [*problems, f"{MODEL_NAME = } cannot be loaded ({error!r:.300}); give a hub id or a model folder"]
 
 
-def check_model(model, tokenizer, examples):
+def check_model(model, tokenizer, examples, budget):
     """Yields where the model (without weights), its tokenizer, the constants and the examples do not fit together."""
-    name, remake = f"{MODEL_NAME = }", f"make it with pt.py --model {MODEL_NAME}"
-    if os.path.isdir(MODEL_NAME) and not any(f.endswith((".safetensors", ".bin")) for f in os.listdir(MODEL_NAME)):
-        yield f"{name}: the folder has no weights (*.safetensors); complete it"
+    targets, name, remake = match_targets(model), f"{MODEL_NAME = }", f"make it with pt.py --model {MODEL_NAME}"
+    budget |= {f"layers {end}": sum(f".{target}".endswith(f".{end}") for target in targets) for end in LORA_TARGETS}
+    budget["trained parameters"] = LORA_RANK * sum(sum(model.get_submodule(name).weight.shape) for name in targets)
     mask_id, vocabulary = getattr(model.config, "mask_token_id", None), model.get_input_embeddings().num_embeddings
     if mask_id not in (None, MASK_ID) or vocabulary <= MASK_ID:
         yield f"{MASK_ID = }: {name} has {vocabulary} ids, its mask token is {mask_id or 'unknown'}"
-    matched = match_targets(model)
-    for target, layers in matched.items():
-        print(f"LoRA: {len(layers)} layers {target}" if layers else f"warning: no layer of LORA_TARGETS is {target}")
-    if not any(matched.values()):
+    if not targets:
         yield f"{LORA_TARGETS = }: none matches a linear layer of {name}; give other names"
-    beyond = any(MASK_ID in ids or ids.max() >= vocabulary for _, ids in examples)
-    if beyond:
+    if not deepspeed.get_accelerator().is_bf16_supported():
+        yield f"{deepspeed.get_accelerator().device_name()} has no bf16, which training needs; use another"
+    if any(MASK_ID in ids or ids.max() >= vocabulary for _, ids in examples):
         yield f"{PT_FILE = } has rows with {MASK_ID = }, or with ids beyond the {vocabulary} of {name}; {remake}"
-    known = [ids.tolist() for _, ids in examples[: 0 if beyond else 32]]
-    texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in known]
-    again = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    if known and all(before != after for before, after in zip(known, again, strict=True)):
+        return
+    known = [(ids.tolist(), tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for _, ids in examples[:32]]
+    if known and all(tokenizer.encode(text, add_special_tokens=False) != ids for ids, text in known):
         yield f"{PT_FILE = } was made with another tokenizer than that of {name}; {remake}"
 
 
-def check_run(examples, world_size, checkpoint_bytes):
-    """Yields why the run cannot be done, or not be saved."""
-    steps = plan(examples, 0, world_size)[2]["steps"] if len(examples) >= MICRO_BSIZE else 0
-    if steps == 0:
-        sizes = f"{MICRO_BSIZE = }, {GRAD_ACC = }, {MAX_SAMPLES = }, {MAX_LEN = }, {world_size} ranks"
-        yield f"{PT_FILE = } has {len(examples)} rows with an answer, too few for one step; lower some of {sizes}"
-    needed = checkpoint_bytes * (1 if SAVE_EVERY is None else -(-steps // SAVE_EVERY))
-    folder = next(folder for folder in Path(f"{CKPT_DIR}_logs").absolute().parents if os.path.lexists(folder))
-    writable = folder.is_dir() and all(os.access(place, os.W_OK) for place in (folder, "."))
-    if not writable or shutil.disk_usage(folder).free < needed:
-        yield f"{CKPT_DIR = }: {folder} and . must be writable folders, with {needed / 1e9:.2f} GB free"
-
-
-def preflight(world_size):
-    """Yields what is wrong, one message each, all of it found before the weights are loaded."""
-    try:
-        examples, _ = load_examples()
-    except ValueError as error:
-        yield str(error)
-        examples = None
-    if not deepspeed.get_accelerator().is_bf16_supported():
-        yield f"{deepspeed.get_accelerator().device_name()} has no bf16, which training needs; use another"
-    try:
-        config = AutoConfig.from_pretrained(MODEL_NAME, trust_remote_code=True)
-        tokenizer = AutoTokenizer.from_pretrained(MODEL_NAME, trust_remote_code=True, fix_mistral_regex=False)
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    except Exception as error:  # the hub, the folder and remote code fail in many ways
-        yield f"{MODEL_NAME = } cannot be loaded ({error!r:.300}); give a hub id or a model folder"
-        return
-    yield from check_model(model, tokenizer, examples or [])
-    if examples is not None:
-        yield from check_run(examples, world_size, 2 * model.num_parameters())
-
-
-def start_records(examples, draws, budget, pad_id, world_size):
-    """Print the budget, write ds_zero2.json and the log folder's JSON files; returns the name of the new log folder."""
-    parts = np.array_split(range(len(draws)), budget["steps"])
-    budget["supervised tokens"] = sum(int(make_batch(examples, draws, part, pad_id)[2].sum()) for part in parts)
-    print(", ".join(f"{round(number, 2):,} {name}" for name, number in budget.items()))
-    if budget["steps"] < 3:  # (T14)
-        print("warning: the first two steps have learning rate 0, so this run trains nothing")
-    os.makedirs(logs := unused(f"{CKPT_DIR}_logs"))
-    run = {"constants": {name: globals()[name] for name in CONSTANTS}, "budget": budget, "world_size": world_size}
-    run["versions"] = {lib: version(lib) for lib in ("torch", "deepspeed", "transformers", "peft", "numpy")}
-    run["pt_sha256"] = hashlib.sha256(Path(PT_FILE).read_bytes()).hexdigest()
-    files = {"ds_zero2.json": ds_config(budget["steps"]), f"{logs}/run_config.json": run}
-    if ABLATION:
-        files[f"{logs}/ablation_config.json"] = {name: globals()[name] for name in ABLATION}
-    for path, content in files.items():
-        Path(f"{path}.partial").write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(f"{path}.partial", path)
-    return logs
-
-
 def main():
-    problems = read_overrides(sys.argv[1:])
-    if "RANK" not in os.environ:  # no launcher, one process
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if local_rank == 0 and (problems := problems or list(preflight(world_size))):
+    problems, run = read_overrides(sys.argv[1:]), {}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    rank, local_rank, world_size = map(int, [os.environ.setdefault(*pair) for pair in alone.items()][:3])
+    if local_rank == 0 and (problems := problems or preflight(run, world_size)):
         sys.exit("\n".join(problems))
+    saved = claim_run(run) if rank == 0 else 0
     deepspeed.utils.logger.setLevel("ERROR")
-    if rank != 0:
-        logging.disable_progress_bar()
+    (logging.enable_progress_bar if rank == 0 else logging.disable_progress_bar)()
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # CPU ranks talk through gloo, nothing is compiled
-    deepspeed.init_distributed()  # the other ranks wait here
+    deepspeed.init_distributed(timeout=12 * deepspeed.constants.default_pg_timeout)  # 2 hours: rank 0 may save long
     deepspeed.get_accelerator().set_device(local_rank)
     device = torch.device(deepspeed.get_accelerator().device_name(local_rank))
-    examples, dropped = load_examples()
-    draws, numbers, budget = plan(examples, dropped, world_size)
-    steps = budget["steps"]
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_NAME, trust_remote_code=True, fix_mistral_regex=False)
+    run = json.loads(Path(state := f"{CKPT_DIR}_state", "run.json").read_text())  # on a disk that all nodes share
+    logs, steps = f"{CKPT_DIR}_logs{run['suffix']}", run["budget"]["steps"]
+    draws, numbers, _ = plan(examples := load_examples(), world_size)
+    tokenizer = fetch(AutoTokenizer, fix_mistral_regex=False)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model = build_model(device)
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    budget["trained parameters"] = sum(parameter.numel() for parameter in adapter)
     engine, *_ = deepspeed.initialize(model=model.train(), model_parameters=adapter, config=ds_config(steps))
-    torch.manual_seed(SEED + rank)  # of dropout, the one thing that depends on the number of ranks
-    logs = start_records(examples, draws, budget, pad_id, world_size) if rank == 0 else ""
+    deepspeed.comm.all_reduce(saved := torch.tensor(saved, device=device))  # which rank 0 alone knows
+    fragment, zero = sys.modules["deepspeed.utils.tensor_fragment"].fragment_address, deepspeed.runtime.zero.config
+    torch.serialization.add_safe_globals([fragment, zero.ZeroStageEnum, deepspeed.runtime.fp16.loss_scaler.LossScaler])
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # a state with code in it is refused
+    csv = engine.load_checkpoint(state, f"step{saved:04d}", False)[1]["csv"] if saved else "step,loss\n"
+    save("room", needed := 2 * model.num_parameters(), lambda partial: None)  # for the next checkpoint, before training
     log = open(f"{logs}/train_loss.csv" if rank == 0 else os.devnull, "w", buffering=1)  # noqa: SIM115 (until the end)
-    log.write("step,loss\n")
-    tokens = numbers[0].size * MAX_LEN  # of a step
-    for step in (bar := tqdm(range(1, steps + 1), unit=" tokens", unit_scale=tokens, disable=rank != 0)):
+    log.write(csv)
+    bar = {"unit": " tokens", "unit_scale": numbers[0].size * MAX_LEN, "disable": rank != 0}
+    for step in (bar := tqdm(range(saved + 1, steps + 1), initial=int(saved), total=steps, **bar)):
         loss_sum = torch.zeros((), device=device)
         for micro_batch in numbers[step - 1, :, rank]:
+            torch.manual_seed(SEED << 32 | int(micro_batch[0]))  # dropout too is a function of the draws
             batch = [tensor.to(device) for tensor in make_batch(examples, draws, micro_batch, pad_id)]
             loss = supervised_loss(engine, *batch)
             engine.backward(loss)
             lr = engine.get_lr()[0]
             engine.step()
-            loss_sum += loss.detach() / (GRAD_ACC * world_size)
-        deepspeed.comm.all_reduce(loss_sum)  # (T16) the mean over micro-batches and ranks
-        log.write(f"{step},{loss_sum.item():.6f}\n")
-        bar.set_postfix(step=f"{step}/{steps}", loss=f"{loss_sum.item():.3f}", lr=f"{lr:.1e}")
+            loss_sum += loss.detach() / GRAD_ACC
+        deepspeed.comm.all_reduce(mean := loss_sum / world_size)  # (T16) over micro-batches and ranks
+        if not mean.isfinite() or not engine.was_step_applied():  # then DeepSpeed has left the weights as they were
+            save_state(engine, step - 1, csv)
+            rows = draws[numbers[step - 1, :, rank], 0].ravel().tolist()
+            sys.exit(f"step {step}: loss {loss_sum} on rows {rows} of {PT_FILE}, or its gradient, is not finite")
+        csv += f"{step},{mean:.6f}\n"
+        log.write(f"{step},{mean:.6f}\n")
+        bar.set_postfix(step=f"{step}/{steps}", loss=f"{mean:.3f}", lr=f"{lr:.1e}")
         if step == steps or (SAVE_EVERY and step % SAVE_EVERY == 0):
-            path = unused(f"{CKPT_DIR}_step{step:04d}" + logs.removeprefix(f"{CKPT_DIR}_logs"))
-            problem = save_checkpoint(model, tokenizer, path) if rank == 0 else ""
-            deepspeed.comm.all_reduce(failed := torch.tensor(len(problem), device=device))  # the others wait here
-            if failed:
-                sys.exit(problem or 1)
+            path = f"{CKPT_DIR}_step{step:04d}{run['suffix']}"
+            write = lambda partial: rank or os.path.exists(path) or save_merged(model, tokenizer, partial)  # noqa: B023
+            save(path, needed, write)
+        if STATE_EVERY and step % STATE_EVERY == 0 and step < steps:
+            save_state(engine, step, csv)
     if rank == 0:
-        print(f"{steps} steps, {budget['supervised tokens']:,} supervised tokens; saved {path}, logged to {logs}")
+        os.rename(state, f"{logs}/state")
+        shutil.rmtree(f"{logs}/state", ignore_errors=True)
+        print(f"{steps} steps, {run['budget']['supervised tokens']:,} supervised tokens; see {path} and {logs}")
     deepspeed.comm.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except torch.OutOfMemoryError:
-        sys.exit(f"out of GPU memory with {MICRO_BSIZE = }; halve it and double GRAD_ACC")
-    except KeyboardInterrupt:
-        sys.exit("stopped by Ctrl-C" if os.environ.get("RANK", "0") == "0" else 1)
-    except (OSError, SafetensorError, torch.distributed.DistError) as error:
-        sys.exit(f"stopped: {error!r:.300}")
+    except BlockingIOError:
+        sys.exit(f"{CKPT_DIR}_state is in use by another run; wait for its end, or give another CKPT_DIR")
+    except (KeyboardInterrupt, OSError, SafetensorError, RuntimeError) as error:
+        if type(error) is RuntimeError and "gloo" not in str(error):  # with which other ranks learn of the end of one
+            raise
+        memory = f"; halve {MICRO_BSIZE = }, double GRAD_ACC" if isinstance(error, torch.OutOfMemoryError) else ""
+        sys.exit(f"stopped by {type(error).__name__}: {error!s:.300}{memory}; the same command goes on with the run")

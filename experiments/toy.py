@@ -382,7 +382,7 @@ def train(script, folder, ranks):
 def held_out_loss(checkpoint, folder, batch_rows=8):
     """Load `checkpoint` back and take the blockwise loss of every block of the test problems, noise fixed."""
     with mock.patch.object(train_blockwise, "PT_FILE", os.path.join(folder, "test.pt")):
-        examples, _ = train_blockwise.load_examples()
+        examples = train_blockwise.load_examples()
     draws = train_blockwise.schedule(examples, max_draws=sys.maxsize)
     pad_id = AutoTokenizer.from_pretrained(checkpoint, fix_mistral_regex=False).pad_token_id
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
@@ -392,6 +392,12 @@ def held_out_loss(checkpoint, folder, batch_rows=8):
         batch = train_blockwise.make_batch(examples, draws, numbers, pad_id)
         total += train_blockwise.supervised_loss(model, *batch).item() * len(numbers)
     return total / len(draws)
+
+
+def unused(path):
+    """`path`, or the first of path-v2, path-v3, ... that does not exist."""
+    names = (path if number == 1 else f"{path}-v{number}" for number in range(1, 10**6))
+    return next(name for name in names if not os.path.exists(name))
 
 
 def run(folder, ranks):
@@ -421,7 +427,7 @@ def main():
         build(args.build)
         print(f"built {args.build}/model and {args.build}/data")
         return
-    folder = train_blockwise.unused(os.path.join(EXPERIMENTS, "runs", "toy"))
+    folder = unused(os.path.join(EXPERIMENTS, "runs", "toy"))
     os.makedirs(folder)
     run(folder, args.ranks or torch.cuda.device_count() or 2)
 

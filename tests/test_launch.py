@@ -5,10 +5,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -63,7 +67,7 @@ def test_two_ranks_uneven_data_accumulation_and_an_early_end(toy_folder, tmp_pat
     budget = run["budget"]
     assert (run["world_size"], budget["steps"], budget["global batch"]) == (2, steps, 8)
     assert (budget["draws"], budget["draws left out"]) == (8 * steps, blocks % 8)
-    assert run["constants"]["GRAD_ACC"] == 2 and run["versions"]["torch"] == torch.__version__
+    assert run["GRAD_ACC"] == 2 and run["versions"]["torch"] == torch.__version__
     assert run["pt_sha256"] == hashlib.sha256((tmp_path / "seven.pt").read_bytes()).hexdigest()
     assert budget["forward tokens"] == 8 * steps * 256
     assert budget["draws"] * 5 < budget["supervised tokens"] < budget["draws"] * 27  # 15.5 expected, or less
@@ -73,7 +77,7 @@ def test_two_ranks_uneven_data_accumulation_and_an_early_end(toy_folder, tmp_pat
     )
     ablation = json.loads((logs / "ablation_config.json").read_text())
     assert ablation == {"PREFIX_MASK_RATE": 0.0, "SUFFIX_MASK_PROB": 1.0, "BLOCK_SIZE": 32}
-    scheduler = json.loads((tmp_path / "ds_zero2.json").read_text())["scheduler"]["params"]
+    scheduler = json.loads((logs / "ds_zero2.json").read_text())["scheduler"]["params"]
     assert scheduler["total_num_steps"] == steps
 
     last = f"ckpts_stagewise_sft_32_step{steps:04d}-v2"
@@ -117,7 +121,7 @@ def test_ranks_and_accumulation_share_a_global_batch_without_changing_it(toy_fol
     assert not (tmp_path / "one_logs" / "ablation_config.json").exists()
 
 
-def test_ctrl_c_is_one_line_and_keeps_the_log(toy_folder, tmp_path):
+def test_ctrl_c_is_one_line_and_the_run_can_go_on(toy_folder, tmp_path):
     command = [sys.executable, SUITE / "train_blockwise.py", *data(toy_folder, MICRO_BSIZE=2, TOTAL_TRAIN_STEPS=100)]
     env = {**os.environ, "PYTHONPATH": ""}
     run = subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -129,30 +133,34 @@ def test_ctrl_c_is_one_line_and_keeps_the_log(toy_folder, tmp_path):
     run.send_signal(signal.SIGINT)
     printed = run.communicate(timeout=60)[0]
     assert run.returncode == 1, printed  # sys.exit's; an interrupt that nobody catches is another
-    assert printed.count("stopped by Ctrl-C") == 1, printed
+    assert printed.count("stopped by KeyboardInterrupt") == 1 and "the same command goes on" in printed, printed
     assert len(losses(log.parent)) >= 2
-    assert not [name for name in os.listdir(tmp_path) if "_step" in name]
+    assert sorted(os.listdir(tmp_path)) == ["ckpts_stagewise_sft_32_logs", "ckpts_stagewise_sft_32_state"]
 
 
-def test_dropout_alone_depends_on_the_ranks(toy_folder, tmp_path, monkeypatch, blockwise):
-    """The one seed that main sets behind the adapter's is SEED + rank (T4)."""
-    seeds, started = [], []
-    monkeypatch.setattr(sys, "argv", ["train_blockwise.py", *data(toy_folder, MICRO_BSIZE=2, SEED=7)])
+def test_seeds_and_the_time_to_wait(toy_folder, tmp_path, monkeypatch, blockwise):
+    """The adapter's seed is SEED on all ranks, dropout's a function of SEED and the draw (T4); rank 0 may save long."""
+    seeds, waits = [], []
+    monkeypatch.chdir(tmp_path)
+    arguments = data(toy_folder, MICRO_BSIZE=2, GRAD_ACC=2, SEED=7, TOTAL_TRAIN_STEPS=2)
+    monkeypatch.setattr(sys, "argv", ["train_blockwise.py", *arguments])
     monkeypatch.setattr(torch, "manual_seed", seeds.append)
-    monkeypatch.setattr(blockwise.deepspeed, "init_distributed", lambda: None)
-    monkeypatch.setattr(blockwise.deepspeed, "initialize", lambda **_: (None,))
-    monkeypatch.setattr(blockwise, "start_records", lambda *given: started.append(given) or sys.exit("far enough"))
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match="far enough"):
+    monkeypatch.setattr(blockwise.deepspeed, "init_distributed", lambda timeout: waits.append(timeout))
+    monkeypatch.setattr(blockwise.deepspeed, "initialize", lambda **_: (mock.MagicMock(get_lr=lambda: [1.0]),))
+    monkeypatch.setattr(blockwise.deepspeed, "comm", mock.MagicMock())
+    monkeypatch.setattr(blockwise, "supervised_loss", lambda *_: torch.tensor(1.0))
+    monkeypatch.setattr(blockwise, "save", lambda *_: None)
+    for rank in ("0", "1"):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
         blockwise.main()
-    assert seeds == [7, 7]
-    assert started[0][3] == 126081  # rows are padded with the end-of-text token (T10)
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setattr(blockwise, "tqdm", lambda *_, **__: sys.exit("far enough"))
-    with pytest.raises(SystemExit, match="far enough"):
-        blockwise.main()
-    assert seeds == [7, 7, 7, 9]
+        if rank == "0":
+            shutil.copytree("ckpts_stagewise_sft_32_logs", "ckpts_stagewise_sft_32_state")
+            record = json.loads(Path("ckpts_stagewise_sft_32_logs/run_config.json").read_text())
+            Path("ckpts_stagewise_sft_32_state/run.json").write_text(json.dumps(record))
+    first = 7 * 2**32
+    assert seeds == [7, first, first + 4, first + 8, first + 12, 7, first + 2, first + 6, first + 10, first + 14]
+    assert waits == [timedelta(hours=2)] * 2
 
 
 @pytest.mark.parametrize("script", ["train_blockwise.py", "train_fullseq.py"])

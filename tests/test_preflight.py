@@ -27,8 +27,8 @@ def rows(**changes):
 
 
 FILES = {
-    "not a list": ({"prompt_len": 3}, "must be a list"),
-    "empty list": ([], "must be a list"),
+    "not a list": ({"prompt_len": 3}, "row 0"),
+    "empty list": ([], "0 rows with an answer"),
     "not dicts": ([1, 2], "row 0"),
     "wrong keys": ([GOOD, {"prompt_len": 3, "ids": GOOD["full_ids"]}], "row 1"),
     "prompt_len 0": (rows(prompt_len=0), "row 1 has prompt_len 0 of 20"),
@@ -55,7 +55,7 @@ def test_data_files(trainer, case, tmp_path):
     content, named = FILES[case]
     trainer.PT_FILE = str(tmp_path / "rows.pt")
     torch.save(content, trainer.PT_FILE)
-    problems = list(trainer.preflight(1))
+    problems = trainer.preflight({}, 1)
     assert any(named in problem for problem in problems)
     assert all(trainer.PT_FILE in problem and "\n" not in problem and len(problem) < 400 for problem in problems)
 
@@ -68,10 +68,10 @@ def test_damaged_missing_and_dangerous_files(trainer, tmp_path, capsys):
         trainer.PT_FILE = str(tmp_path / name)
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        (problem,) = list(trainer.preflight(1))
+        (problem,) = trainer.preflight({}, 1)
         assert name in problem and "pt.py" in problem and "\n" not in problem
     torch.save([Code()], tmp_path / "code.pt")
-    assert len(list(trainer.preflight(1))) == 1
+    assert len(trainer.preflight({}, 1)) == 1
     assert "code has run" not in capsys.readouterr().out
 
 
@@ -107,7 +107,7 @@ CONSTANTS = [
 def test_constants_out_of_range(request, method, name, value):
     trainer = request.getfixturevalue(method)
     setattr(trainer, name, value)
-    (problem,) = trainer.check_constants()
+    (problem,) = trainer.read_overrides([])
     assert name in problem and repr(value) in problem and "must be" in problem
 
 
@@ -116,25 +116,22 @@ def test_every_constant_is_checked(trainer):
 
 
 def test_good_constants_pass(trainer):
-    assert not list(trainer.check_constants()) and list(trainer.preflight(1)) == []
+    assert not trainer.read_overrides([]) and trainer.preflight({}, 1) == []
     trainer.TOTAL_TRAIN_STEPS = trainer.SAVE_EVERY = trainer.LORA_ALPHA = None
     trainer.MAX_SAMPLES, trainer.LR, trainer.LORA_TARGETS = 16, 1, ["q_proj", "missing"]
-    assert not list(trainer.check_constants()) and list(trainer.preflight(2)) == []
+    assert not trainer.read_overrides([]) and trainer.preflight({}, 2) == []
 
 
-def test_model_folder_missing_or_without_weights(trainer, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(trainer.MODEL_NAME, folder)
-    (folder / "model.safetensors").unlink()
-    for name, named in ((str(folder), "no weights"), (str(tmp_path / "no"), "cannot be loaded"), ("a/b", "cannot be")):
+def test_model_folder_missing(trainer, tmp_path):
+    for name in (str(tmp_path / "no"), "a/b"):
         trainer.MODEL_NAME = name
-        (problem,) = list(trainer.preflight(1))
-        assert named in problem and repr(name) in problem and "\n" not in problem
+        (problem,) = trainer.preflight({}, 1)
+        assert "cannot be loaded" in problem and repr(name) in problem and "\n" not in problem
 
 
 def test_no_bf16(trainer, monkeypatch):
     monkeypatch.setattr(trainer.deepspeed.get_accelerator(), "is_bf16_supported", lambda: False)
-    (problem,) = list(trainer.preflight(1))
+    (problem,) = trainer.preflight({}, 1)
     assert "bf16" in problem
 
 
@@ -148,65 +145,48 @@ def test_incomplete_weights(trainer, tmp_path):
     trainer.MODEL_NAME = str(folder)
     with pytest.raises(SystemExit, match=r"1 weights are missing, such as model.transformer.blocks.1.up_proj"):
         trainer.build_model("cpu")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"no file named .*model\.safetensors"):
+        trainer.build_model("cpu")
 
 
 def test_the_weights_are_not_loaded(trainer, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded the weights"))
-    assert list(trainer.preflight(1)) == []
+    assert trainer.preflight({}, 1) == []
 
 
 def test_mask_id(trainer):
     for value in (126335, 10**6):
         trainer.MASK_ID = value
-        assert any(f"MASK_ID = {value}" in problem and "126336" in problem for problem in list(trainer.preflight(1)))
+        assert any(f"MASK_ID = {value}" in problem and "126336" in problem for problem in trainer.preflight({}, 1))
 
 
-def test_targets(trainer, capsys):
+def test_targets(trainer):
     """Fails on the published behaviour (T12): targets that do not exist were ignored in silence."""
     trainer.LORA_TARGETS = ["q_proj", "gate_proj"]
-    assert list(trainer.preflight(1)) == []
-    assert "warning: no layer of LORA_TARGETS is gate_proj" in capsys.readouterr().out
+    assert trainer.preflight(run := {}, 1) == []
+    assert (run["budget"]["layers q_proj"], run["budget"]["layers gate_proj"]) == (3, 0)  # which is printed
     trainer.LORA_TARGETS = ["gate_proj", "proj"]
-    (problem,) = list(trainer.preflight(1))
+    (problem,) = trainer.preflight({}, 1)
     assert "LORA_TARGETS" in problem and "gate_proj" in problem
 
 
 def test_less_than_a_global_batch(blockwise):
     blockwise.BLOCK_SIZE, blockwise.MICRO_BSIZE, blockwise.GRAD_ACC = 256, 30, 2
-    assert list(blockwise.preflight(1)) == []
-    (problem,) = blockwise.preflight(2)
+    assert blockwise.preflight({}, 1) == []
+    (problem,) = blockwise.preflight({}, 2)
     assert "GRAD_ACC = 2" in problem and "2 ranks" in problem
 
 
 def test_less_than_a_step(trainer):
     trainer.MICRO_BSIZE, trainer.GRAD_ACC, trainer.TOTAL_TRAIN_STEPS, trainer.MAX_SAMPLES = 30, 2, None, 59
-    (problem,) = trainer.preflight(1)
+    (problem,) = trainer.preflight({}, 1)
     assert "MAX_SAMPLES = 59" in problem
-
-
-def test_checkpoint_folder(trainer, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    trainer.CKPT_DIR = str(tmp_path / "file" / "below" / "run")
-    (problem,) = list(trainer.preflight(1))
-    assert "CKPT_DIR" in problem and "file" in problem
-    trainer.CKPT_DIR = f"{tmp_path / 'file'}/"
-    assert len(list(trainer.preflight(1))) == 1
-    trainer.CKPT_DIR = str(tmp_path / "new" / "run")
-    assert list(trainer.preflight(1)) == []
-    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10**6))
-    (problem,) = list(trainer.preflight(1))
-    assert "CKPT_DIR" in problem and "GB free" in problem
-    size = sum(parameter.numel() * 2 for parameter in trainer.build_model("cpu").get_base_model().parameters())
-    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 2 * size))
-    assert list(trainer.preflight(1)) == []
-    trainer.SAVE_EVERY = 1  # three of them do not fit
-    assert len(list(trainer.preflight(1))) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_problems_are_reported_together(trainer, tmp_path):
     trainer.PT_FILE, trainer.MODEL_NAME = str(tmp_path / "no.pt"), str(tmp_path / "no")
-    assert len(list(trainer.preflight(1))) == 2
+    assert len(trainer.preflight({}, 1)) == 2
     assert len(trainer.read_overrides(["--LR", "7", "--SEED", "-1", "--NO_SUCH", "1"])) == 4
 
 
@@ -282,7 +262,7 @@ def test_a_wrong_run_of_one_process(tmp_path, toy_folder):
     ("error", "named"),
     [
         ("torch.OutOfMemoryError('CUDA out of memory')", "MICRO_BSIZE = 2"),
-        ("KeyboardInterrupt()", "Ctrl-C"),
+        ("KeyboardInterrupt()", "KeyboardInterrupt"),
         ("OSError(28, 'No space left on device')", "No space left"),
     ],
 )
@@ -293,7 +273,7 @@ transformers.AutoModelForCausalLM.from_pretrained = fail
 runpy.run_path({str(SUITE / "train_blockwise.py")!r}, run_name="__main__")"""
     data = flags(MODEL_NAME=toy_folder / "model", PT_FILE=toy_folder / "train.pt", MICRO_BSIZE=2)
     status, printed = launch([sys.executable, "-c", code, *data], tmp_path)
-    lines = [line for line in printed.splitlines() if not line.startswith("LoRA: ")]
+    lines = [line for line in printed.splitlines() if "new run" not in line and "forward tokens" not in line]
     assert status == 1 and len(lines) == 1 and named in lines[0]
 
 

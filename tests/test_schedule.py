@@ -63,7 +63,7 @@ def test_steps_do_not_depend_on_the_ranks(trainer, world_size):
     trainer.TOTAL_TRAIN_STEPS, trainer.MICRO_BSIZE, trainer.GRAD_ACC = None, 4, 2
     trainer.MAX_SAMPLES, trainer.EPOCHS = 100, 2
     examples = examples_with(*[2000] * 101)  # no multiple of anything
-    draws, shares, budget = trainer.plan(examples, 0, world_size)
+    draws, shares, budget = trainer.plan(examples, world_size)
     assert budget["steps"] == 100 * 2 // (4 * 2) == len(shares)
     assert budget["global batch"] == 4 * 2 * world_size
     assert len(draws) == budget["draws"] == 25 * 8 * world_size
@@ -75,7 +75,7 @@ def test_steps_do_not_depend_on_the_ranks(trainer, world_size):
 def test_ranks_get_equal_slices_that_together_are_all_draws(trainer, world_size):
     """Fails on the published behaviour (T3): shards of uneven data gave ranks different numbers of batches."""
     trainer.MICRO_BSIZE, trainer.GRAD_ACC, trainer.TOTAL_TRAIN_STEPS = 3, 2, 5
-    draws, shares, _ = trainer.plan(examples_with(*[2000] * 13), 0, world_size)
+    draws, shares, _ = trainer.plan(examples_with(*[2000] * 13), world_size)
     assert shares.shape == (5, 2, world_size, 3)
     assert sorted(shares.flatten()) == list(range(len(draws)))
     for step, share in enumerate(shares):  # a step is the same set of draws, however many ranks share it
@@ -87,7 +87,7 @@ def test_early_end(blockwise, world_size):
     blockwise.BLOCK_SIZE, blockwise.MICRO_BSIZE, blockwise.TOTAL_TRAIN_STEPS = 8, 2, 1000
     examples = examples_with(8, 9, 40, 17, 64, 23, 30, 12)
     total = sum(blocks_of(examples, 8))
-    draws, _, budget = blockwise.plan(examples, 0, world_size)
+    draws, _, budget = blockwise.plan(examples, world_size)
     assert budget["steps"] == total // (2 * world_size) > 0
     assert budget["draws left out"] == total % (2 * world_size)
     assert max(Counter(map(tuple, draws)).values()) == 1
@@ -102,9 +102,9 @@ def test_the_published_defaults():
     examples = examples_with(*[130] * 200)
     for module, steps in ((train_blockwise, 200), (train_fullseq, 300)):
         assert module.MAX_SAMPLES * module.EPOCHS // (module.MICRO_BSIZE * module.GRAD_ACC) == steps
-    assert train_fullseq.plan(examples, 0, 8)[2]["steps"] == 300
-    assert train_blockwise.plan(examples_with(*[130] * 6400), 0, 1)[2]["steps"] == 200
-    assert train_blockwise.plan(examples_with(*[130] * 6400), 0, 8)[2]["steps"] == 6400 * 5 // 256
+    assert train_fullseq.plan(examples, 8)[2]["steps"] == 300
+    assert train_blockwise.plan(examples_with(*[130] * 6400), 1)[2]["steps"] == 200
+    assert train_blockwise.plan(examples_with(*[130] * 6400), 8)[2]["steps"] == 6400 * 5 // 256
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 9, 10, 200])
@@ -138,9 +138,11 @@ def test_examples_are_cut_dropped_and_counted(trainer, tmp_path):
     trainer.PT_FILE, trainer.MAX_LEN, trainer.MAX_SAMPLES = str(tmp_path / "rows.pt"), 10, 4
     lengths = [(3, 8), (3, 12), (10, 12), (5, 5), (2, 9)]  # the third has no answer within 10 tokens, the fourth none
     torch.save([{"prompt_len": p, "full_ids": torch.arange(n)} for p, n in lengths], trainer.PT_FILE)
-    examples, dropped = trainer.load_examples()
-    assert [(prompt_len, ids.tolist()) for prompt_len, ids in examples] == [(3, [*range(8)]), (3, [*range(10)])]
-    assert dropped == 2
+    trainer.TOTAL_TRAIN_STEPS, trainer.MICRO_BSIZE = 1, 2
+    draws, _, budget = trainer.plan(trainer.load_examples(), 1)
+    assert sorted(draws[:, 0].tolist()) == [0, 1]  # numbers of rows, of which those without an answer are never drawn
+    assert [len(ids) for _, ids in trainer.load_examples()] == [8, 10, 10, 5]
+    assert (budget["samples"], budget["samples without an answer"]) == (2, 2)
 
 
 def test_batches_hold_what_was_drawn(trainer):
