@@ -36,6 +36,7 @@ def parse_args(argv):
     parser.add_argument("--output", default="MathQA_256.pt", help="file to write (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     parser.add_argument("--model", default="GSAI-ML/LLaDA-8B-Instruct", help="hub id or folder (%(default)s)")
+    parser.add_argument("--model_revision", default="main", help="of a hub model: branch, tag or commit (%(default)s)")
     parser.add_argument(
         "--dataset", default="meta-math/MetaMathQA", help="hub id, folder, or .json/.jsonl/.parquet/.csv (%(default)s)"
     )
@@ -72,7 +73,7 @@ def claim_output(output, overwrite):
         sys.exit(f"--output {output} cannot be written ({error.strerror}); give a path in a writable folder")
 
 
-def load_tokenizer(model):
+def load_tokenizer(model, revision="main"):
     """The model's fast tokenizer with its chat template.
 
     Raises:
@@ -80,7 +81,8 @@ def load_tokenizer(model):
     """
     try:
         # the flag only keeps transformers 4.57.6 from warning of a fault that Mistral's tokenizers have
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True, fix_mistral_regex=False)
+        how = {"revision": revision, "trust_remote_code": True, "fix_mistral_regex": False}
+        tokenizer = AutoTokenizer.from_pretrained(model, **how)
     except Exception as error:  # the hub, the folder and remote code fail in many ways
         sys.exit(f"--model {model}: no tokenizer there ({first_line(error)}); give a hub id or a model folder")
     if not tokenizer.is_fast:
@@ -239,6 +241,7 @@ def save(samples, file, output):
     try:
         with file:
             torch.save(samples, file)
+            os.fsync(file.fileno())
         os.replace(file.name, output)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         sys.exit(f"--output {output} cannot be written ({first_line(error)}); free some space, or give another path")
@@ -260,7 +263,7 @@ def main():
         sys.exit(f"--output {args.output} is the --dataset itself; give another name")
     file = claim_output(args.output, args.overwrite)
     try:
-        tokenizer = load_tokenizer(args.model)
+        tokenizer = load_tokenizer(args.model, args.model_revision)
         rows = load_rows(args.dataset, args.split)
         samples, counts = preprocess(rows, tokenizer, args.max_len, args.max_samples, args.filter_type)
         if not samples:

@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import SUITE, flags, launch
+from conftest import SUITE, flags, launch, user_environment
 from safetensors.torch import load_file
 from toy import launcher
 
@@ -30,6 +30,15 @@ def losses(folder):
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
     return [float(row["loss"]) for row in rows]
+
+
+def run_on_two_nodes(script, constants, folder):
+    """Two torchrun agents, here both on this machine; returns their exit statuses."""
+    port = launcher(2)[-1]
+    nodes = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port]
+    how = {"cwd": folder, "env": user_environment(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    agents = [subprocess.Popen([*nodes, "--node_rank", rank, script, *constants], **how) for rank in ("0", "1")]
+    return [agent.wait(timeout=240) for agent in agents]
 
 
 def readme_snippet(word):
@@ -92,8 +101,9 @@ def test_two_ranks_uneven_data_accumulation_and_an_early_end(toy_folder, tmp_pat
     assert "126464" in done.stdout
 
 
-def test_ranks_and_accumulation_share_a_global_batch_without_changing_it(toy_folder, tmp_path):
-    """Batch 4 as 4 rows, as two accumulated micro-batches, as two ranks: the same losses but for bf16's noise.
+def test_ranks_nodes_and_accumulation_share_a_global_batch_without_changing_it(toy_folder, tmp_path):
+    """Batch 4 as 4 rows, as two accumulated micro-batches, as two ranks of one node and of two: the same losses but
+    for bf16's noise.
 
     Fails on the published behaviour (T1, T2, T4, T16, T25). The plain processes find no compiler: none is needed.
     """
@@ -109,15 +119,18 @@ def test_ranks_and_accumulation_share_a_global_batch_without_changing_it(toy_fol
     assert status == 0, printed
     assert printed.count("supervised tokens") == 2  # rank 0 alone speaks, at the start and at the end
 
-    first, *others = [losses(tmp_path / f"{name}_logs") for name in ("one", "accumulated", "two")]
+    nodes = [*constants, *flags(MICRO_BSIZE=2, CKPT_DIR="nodes")]
+    assert run_on_two_nodes(script, nodes, tmp_path) == [0, 0]
+
+    first, *others = [losses(tmp_path / f"{name}_logs") for name in ("one", "accumulated", "two", "nodes")]
     assert len(first) == 8
     for other in others:
         assert max(abs(a - b) for a, b in zip(first, other, strict=True)) < 0.02
     assert abs(first[0] - first[-1]) > 0.1  # the weights have moved by far more than that
-    names = ("one", "accumulated", "two")
+    names = ("one", "accumulated", "two", "nodes")
     runs = [json.loads((tmp_path / f"{name}_logs" / "run_config.json").read_text()) for name in names]
-    assert runs[0]["budget"] == runs[1]["budget"] == runs[2]["budget"]
-    assert {"one_step0008", "two_step0008"} <= set(os.listdir(tmp_path))
+    assert all(run["budget"] == runs[0]["budget"] for run in runs)
+    assert sorted(os.listdir(tmp_path)) == sorted(f"{name}_{kind}" for name in names for kind in ("logs", "step0008"))
     assert not (tmp_path / "one_logs" / "ablation_config.json").exists()
 
 

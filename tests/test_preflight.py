@@ -1,6 +1,7 @@
 """Wrong input ends in one message that names the thing, its value and the remedy, before the weights are loaded."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -300,3 +301,21 @@ def test_the_toys_own_checks(toy_folder):
     assert len(header.format("assistant")) == 47
     for row in torch.load(toy_folder / "train.pt", weights_only=True):
         assert len(row["full_ids"]) <= 256 and len(row["full_ids"]) - row["prompt_len"] >= 96
+
+
+def test_a_pinned_revision(trainer, toy_folder, monkeypatch):
+    """MODEL_REVISION pins weights and code alike: that of another revision is never run; the pin is recorded."""
+    hub = Path(os.environ["HF_HOME"], "hub", "models--some--toy")
+    for commit, code in (("1" * 40, ""), ("2" * 40, "raise RuntimeError('code of main has run')\n")):
+        shutil.copytree(toy_folder / "model", hub / "snapshots" / commit, dirs_exist_ok=True)
+        modeling = hub / "snapshots" / commit / "modeling_llada.py"
+        modeling.write_text(code + (toy_folder / "model" / "modeling_llada.py").read_text())
+    (hub / "refs").mkdir(exist_ok=True)
+    (hub / "refs" / "main").write_text("2" * 40)
+    trainer.MODEL_NAME, run = "some/toy", {}
+    (problem,) = trainer.preflight(run, 1)
+    assert "code of main has run" in problem
+    trainer.MODEL_REVISION = "1" * 40
+    assert trainer.preflight(run, 1) == []
+    assert (run["MODEL_REVISION"], run["model_commit"]) == ("1" * 40, "1" * 40)
+    assert "some" in trainer.build_model("cpu").get_base_model().config._name_or_path

@@ -1,6 +1,10 @@
 """What the README names exists, and the other way round."""
 
+import os
 import re
+import signal
+import subprocess
+import time
 
 import pytest
 from conftest import SUITE, TRAINERS
@@ -36,6 +40,31 @@ def test_pt_flags_in_commands_exist(capsys):
     known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
     for line in re.findall(r"pt\.py(.*)", CODE):
         assert set(re.findall(r"--[a-z_]+", line)) <= known, line
+
+
+def test_the_slurm_script_starts_a_launcher_a_node_and_requeues(tmp_path):
+    """Run as it stands, with stand-ins for Slurm's own commands, which note how they are called."""
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", README, re.S)
+    for name, body in {"srun": "sleep 60", "scontrol": "echo node1; echo node2"}.items():
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $*" >> {tmp_path}/called\n{body}\n')
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text("")
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+    env = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=env, start_new_session=True)
+    try:
+        called = lambda: (tmp_path / "called").read_text() if (tmp_path / "called").exists() else ""
+        while "srun" not in called():
+            assert job.poll() is None
+            time.sleep(0.01)
+        job.send_signal(signal.SIGUSR1)
+        job.wait(timeout=30)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+    show, srun, requeue = called().splitlines()
+    assert (show, requeue) == ("scontrol show hostnames node[1-2]", "scontrol requeue 7")
+    assert "torchrun --nnodes 2 " in srun and "--rdzv_endpoint node1:29500 train_blockwise.py" in srun
 
 
 def test_every_row_of_the_differences_is_there():
