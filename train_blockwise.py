@@ -217,7 +217,7 @@ def save(path, needed, write):
     """Let every rank `write` to {CKPT_DIR}_state/partial, which becomes the folder `path` when whole; or OSError."""
     partial = f"{CKPT_DIR}_state/partial"
     try:
-        if shutil.disk_usage(f"{CKPT_DIR}_state").free < needed:
+        if shutil.disk_usage(f"{CKPT_DIR}_state").free < needed and not os.path.exists(path):
             raise OSError(f"{needed / 1e9:.2f} GB are not free")
         write(partial)
         os.sync()
@@ -231,12 +231,12 @@ def save(path, needed, write):
 
 def save_state(engine, step, csv):
     """Save all that going on after `step` takes, but for the frozen weights, and remove the state before it."""
-    path, before = f"{CKPT_DIR}_state/step{step:04d}", glob(f"{escape(CKPT_DIR)}_state/step*")
+    path = f"{CKPT_DIR}_state/step{step:04d}"
     needed = 14 * engine.module.num_parameters(only_trainable=True)  # bf16; float32, twice more for its moments
-    if path not in before:
+    if not os.path.exists(path):
         save(path, needed, lambda partial: engine.save_checkpoint(*os.path.split(partial), {"csv": csv}, False, True))
-        for folder in before:
-            shutil.rmtree(folder, ignore_errors=True)
+    for other in set(glob(f"{escape(CKPT_DIR)}_state/step*")) - {path} if deepspeed.comm.get_rank() == 0 else ():
+        shutil.rmtree(other, ignore_errors=True)
 
 
 def claim_run(run):
@@ -244,7 +244,6 @@ def claim_run(run):
     if it is of another run, or damaged. Returns the last step saved. Raises BlockingIOError if a run is using it."""
     os.makedirs(state := f"{CKPT_DIR}_state", exist_ok=True)
     fcntl.flock(os.open(f"{state}/lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
-    shutil.rmtree(f"{state}/partial", ignore_errors=True)
     taken = lambda suffix: glob(f"{escape(CKPT_DIR)}_logs{suffix}") + glob(f"{escape(CKPT_DIR)}_step*[0-9]{suffix}")
     suffix = next(suffix for suffix in ["", *(f"-v{number}" for number in range(2, 10**4))] if not taken(suffix))
     known = Path(state, "run.json")
@@ -252,9 +251,11 @@ def claim_run(run):
     if differ := [f"{k} {begun.get(k)!r}, now {v!r}" for k, v in run.items() if begun.get(k) != v and k != "budget"]:
         sys.exit(f"{state}: unfinished run with {'; '.join(differ)}. Give the same, or another CKPT_DIR, or remove it")
     step = max((int(name[4:]) for name in os.listdir(state) if name.startswith("step")), default=0)
-    strange = set() if known.exists() else set(os.listdir(state)) - {"lock", "run.json.partial"}
-    if strange or not all(map(is_zipfile, glob(f"{escape(state)}/step{step:04d}/*.pt"))):
+    shards = glob(f"{escape(state)}/step{step:04d}/*.pt")
+    strange = not known.exists() and set(os.listdir(state)) - {"lock", "run.json.partial"}
+    if strange or len(shards) < (run["world_size"] + 1) * (step > 0) or not all(map(is_zipfile, shards)):
         sys.exit(f"{state} is damaged, or not of a run; remove it to begin anew, or give another CKPT_DIR")
+    shutil.rmtree(f"{state}/partial", ignore_errors=True)
     print(f"{state}: goes on with the unfinished run after step {step}" if known.exists() else f"{state}: new run")
     os.makedirs(logs := f"{CKPT_DIR}_logs{begun['suffix']}", exist_ok=True)
     files = {known: begun, f"{logs}/run_config.json": begun, f"{logs}/ds_zero2.json": ds_config(run["budget"]["steps"])}
@@ -311,7 +312,7 @@ def check_model(model, tokenizer, examples, budget):
     """Yields where the model (without weights), its tokenizer, the constants and the examples do not fit together."""
     targets, name, remake = match_targets(model), f"{MODEL_NAME = }", f"make it with pt.py --model {MODEL_NAME}"
     budget |= {f"layers {end}": sum(f".{target}".endswith(f".{end}") for target in targets) for end in LORA_TARGETS}
-    budget["trained parameters"] = LORA_RANK * sum(sum(model.get_submodule(name).weight.shape) for name in targets)
+    budget["trained parameters"] = LORA_RANK * sum(sum(model.get_submodule(layer).weight.shape) for layer in targets)
     mask_id, vocabulary = getattr(model.config, "mask_token_id", None), model.get_input_embeddings().num_embeddings
     if mask_id not in (None, MASK_ID) or vocabulary <= MASK_ID:
         yield f"{MASK_ID = }: {name} has {vocabulary} ids, its mask token is {mask_id or 'unknown'}"
@@ -353,7 +354,7 @@ def main():
     torch.serialization.add_safe_globals([fragment, zero.ZeroStageEnum, deepspeed.runtime.fp16.loss_scaler.LossScaler])
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # a state with code in it is refused
     csv = engine.load_checkpoint(state, f"step{saved:04d}", False)[1]["csv"] if saved else "step,loss\n"
-    save("room", needed := 2 * model.num_parameters(), lambda partial: None)  # for the next checkpoint, before training
+    save(f"{CKPT_DIR}_stepXXXX", needed := 2 * model.num_parameters(), lambda partial: None)  # is there space?
     log = open(f"{logs}/train_loss.csv" if rank == 0 else os.devnull, "w", buffering=1)  # noqa: SIM115 (until the end)
     log.write(csv)
     bar = {"unit": " tokens", "unit_scale": numbers[0].size * MAX_LEN, "disable": rank != 0}
@@ -369,10 +370,9 @@ def main():
             loss_sum += loss.detach() / GRAD_ACC
         deepspeed.comm.all_reduce(mean := loss_sum / world_size)  # (T16) over micro-batches and ranks
         if not mean.isfinite() or not engine.was_step_applied():  # then DeepSpeed has left the weights as they were
-            save_state(engine, step - 1, csv)
+            save_state(engine, step - 1, Path(log.name).read_text())
             rows = draws[numbers[step - 1, :, rank], 0].ravel().tolist()
             sys.exit(f"step {step}: loss {loss_sum} on rows {rows} of {PT_FILE}, or its gradient, is not finite")
-        csv += f"{step},{mean:.6f}\n"
         log.write(f"{step},{mean:.6f}\n")
         bar.set_postfix(step=f"{step}/{steps}", loss=f"{mean:.3f}", lr=f"{lr:.1e}")
         if step == steps or (SAVE_EVERY and step % SAVE_EVERY == 0):
@@ -380,7 +380,7 @@ def main():
             write = lambda partial: rank or os.path.exists(path) or save_merged(model, tokenizer, partial)  # noqa: B023
             save(path, needed, write)
         if STATE_EVERY and step % STATE_EVERY == 0 and step < steps:
-            save_state(engine, step, csv)
+            save_state(engine, step, Path(log.name).read_text())
     if rank == 0:
         os.rename(state, f"{logs}/state")
         shutil.rmtree(f"{logs}/state", ignore_errors=True)

@@ -56,12 +56,19 @@ def test_a_run_begins_with_its_state_and_records(trainer, claimed):
     assert json.loads(Path("run_logs/ds_zero2.json").read_text()) == trainer.ds_config(3)
 
 
+def make_state(step):
+    os.mkdir(folder := Path(f"run_state/step{step:04d}"))
+    for name in ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        torch.save({"a": torch.arange(1000)}, folder / name)
+    return folder
+
+
 def test_an_unfinished_run_keeps_its_name(claimed, capsys):
     """Its own log and checkpoints are no reason for -v2; those of a finished run are."""
     claimed()
     os.mkdir("run_step0001")
     os.makedirs("run_state/partial/rest")
-    os.mkdir("run_state/step0002")
+    make_state(2)
     capsys.readouterr()
     assert claimed() == 2
     assert capsys.readouterr().out.count("goes on with the unfinished run after step 2") == 1
@@ -114,14 +121,16 @@ def test_one_run_at_a_time(claimed):
 
 def test_a_damaged_state_is_refused(claimed):
     claimed()
-    os.mkdir("run_state/step0002")
-    for name in ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"):
-        torch.save({"a": torch.arange(1000)}, f"run_state/step0002/{name}")
+    folder = make_state(2)
     assert claimed() == 2
-    whole = Path("run_state/step0002/mp_rank_00_model_states.pt").read_bytes()
-    Path("run_state/step0002/mp_rank_00_model_states.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SystemExit, match=r"run_state is damaged.*remove it"):
-        claimed()
+    for shard in folder.iterdir():
+        whole = shard.read_bytes()
+        for spoil in (lambda shard=shard, half=whole[: len(whole) // 2]: shard.write_bytes(half), shard.unlink):
+            spoil()
+            with pytest.raises(SystemExit, match=r"run_state is damaged.*remove it"):
+                claimed()
+            shard.write_bytes(whole)
+    assert claimed() == 2
 
 
 def test_a_folder_that_is_somebody_elses_is_left_alone(claimed):
