@@ -20,7 +20,7 @@ from contextlib import suppress
 from glob import escape, glob
 from importlib.metadata import version
 from pathlib import Path
-from zipfile import is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import deepspeed
 import numpy as np
@@ -60,7 +60,7 @@ LORA_DROPOUT = 0.05
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj"]  # linear layers by the end of their names
 CKPT_DIR = "ckpts_stagewise_sft_32"  # prefix of {CKPT_DIR}_stepXXXX/, {CKPT_DIR}_logs/ and {CKPT_DIR}_state/
 SAVE_EVERY = None  # steps; None = at the end only; the last step is always saved
-STATE_EVERY = 50  # steps that a killed run loses at most when the same command goes on with it; None = all
+STATE_EVERY = 50  # steps between saved states, the most that a killed run loses; None = saves none
 
 CONSTANTS = [name for name in globals() if name.isupper()]
 ABLATION = ["PREFIX_MASK_RATE", "SUFFIX_MASK_PROB", "BLOCK_SIZE"]  # go into ablation_config.json
@@ -156,8 +156,7 @@ def supervised_loss(model, input_ids, noisy_ids, loss_mask):
         logits = model(input_ids=noisy_ids).logits
     logits = logits[loss_mask] if logits.dim() == 3 else logits  # a head tied to the embedding bypasses the hook
     nll = cross_entropy(logits.float(), input_ids[loss_mask], reduction="none")  # (M,)
-    share = (loss_mask / loss_mask.sum(1, keepdim=True))[loss_mask]  # (M,) of its row
-    return (share * nll).sum() / len(input_ids)
+    return (nll / loss_mask.sum(1, keepdim=True).expand_as(loss_mask)[loss_mask]).sum() / len(input_ids)
 
 
 def fetch(auto_class, **options):  # of the model; its code comes from the same revision
@@ -214,7 +213,7 @@ def save_merged(model, tokenizer, path):
 
 
 def save(path, needed, write):
-    """Let every rank `write` to {CKPT_DIR}_state/partial, which becomes the folder `path` when whole; or OSError."""
+    """Let every rank `write` to {CKPT_DIR}_state/partial, which becomes `path` when whole. OSError if that fails."""
     partial = f"{CKPT_DIR}_state/partial"
     try:
         if shutil.disk_usage(f"{CKPT_DIR}_state").free < needed and not os.path.exists(path):
@@ -251,16 +250,16 @@ def claim_run(run):
     if differ := [f"{k} {begun.get(k)!r}, now {v!r}" for k, v in run.items() if begun.get(k) != v and k != "budget"]:
         sys.exit(f"{state}: unfinished run with {'; '.join(differ)}. Give the same, or another CKPT_DIR, or remove it")
     step = max((int(name[4:]) for name in os.listdir(state) if name.startswith("step")), default=0)
-    shards = glob(f"{escape(state)}/step{step:04d}/*.pt")
+    whole = [is_zipfile(file) and not ZipFile(file).testzip() for file in glob(f"{escape(state)}/step{step:04d}/*.pt")]
     strange = not known.exists() and set(os.listdir(state)) - {"lock", "run.json.partial"}
-    if strange or len(shards) < (run["world_size"] + 1) * (step > 0) or not all(map(is_zipfile, shards)):
-        sys.exit(f"{state} is damaged, or not of a run; remove it to begin anew, or give another CKPT_DIR")
+    if strange or len(whole) < (run["world_size"] + 1) * (step > 0) or not all(whole):
+        sys.exit(f"{state} is damaged, or not of a run; give another CKPT_DIR or, if it is of a run, remove it")
     shutil.rmtree(f"{state}/partial", ignore_errors=True)
     print(f"{state}: goes on with the unfinished run after step {step}" if known.exists() else f"{state}: new run")
     os.makedirs(logs := f"{CKPT_DIR}_logs{begun['suffix']}", exist_ok=True)
     files = {known: begun, f"{logs}/run_config.json": begun, f"{logs}/ds_zero2.json": ds_config(run["budget"]["steps"])}
     files[f"{logs}/ablation_config.json"] = {name: globals()[name] for name in ABLATION}
-    for path in filter(files.get, files):
+    for path in filter(files.get, files):  # not the ablation's if there is none
         Path(f"{path}.partial").write_text(json.dumps(files[path], indent=2) + "\n")
         os.replace(f"{path}.partial", path)
     print(", ".join(f"{round(number, 2):,} {name}" for name, number in run["budget"].items()))
@@ -309,7 +308,7 @@ def preflight(run, world_size):
 
 
 def check_model(model, tokenizer, examples, budget):
-    """Yields where the model (without weights), its tokenizer, the constants and the examples do not fit together."""
+    """Yields where the model (without weights), its tokenizer, constants and examples do not fit; adds to `budget`."""
     targets, name, remake = match_targets(model), f"{MODEL_NAME = }", f"make it with pt.py --model {MODEL_NAME}"
     budget |= {f"layers {end}": sum(f".{target}".endswith(f".{end}") for target in targets) for end in LORA_TARGETS}
     budget["trained parameters"] = LORA_RANK * sum(sum(model.get_submodule(layer).weight.shape) for layer in targets)
@@ -340,16 +339,15 @@ def main():
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # CPU ranks talk through gloo, nothing is compiled
     deepspeed.init_distributed(timeout=12 * deepspeed.constants.default_pg_timeout)  # 2 hours: rank 0 may save long
     deepspeed.get_accelerator().set_device(local_rank)
-    device = torch.device(deepspeed.get_accelerator().device_name(local_rank))
     run = json.loads(Path(state := f"{CKPT_DIR}_state", "run.json").read_text())  # on a disk that all nodes share
     logs, steps = f"{CKPT_DIR}_logs{run['suffix']}", run["budget"]["steps"]
     draws, numbers, _ = plan(examples := load_examples(), world_size)
     tokenizer = fetch(AutoTokenizer, fix_mistral_regex=False)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model = build_model(device)
+    model = build_model(deepspeed.get_accelerator().device_name(local_rank))
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=model.train(), model_parameters=adapter, config=ds_config(steps))
-    deepspeed.comm.all_reduce(saved := torch.tensor(saved, device=device))  # which rank 0 alone knows
+    deepspeed.comm.all_reduce(saved := torch.tensor(saved, device=engine.device))  # which rank 0 alone knows
     fragment, zero = sys.modules["deepspeed.utils.tensor_fragment"].fragment_address, deepspeed.runtime.zero.config
     torch.serialization.add_safe_globals([fragment, zero.ZeroStageEnum, deepspeed.runtime.fp16.loss_scaler.LossScaler])
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # a state with code in it is refused
@@ -359,10 +357,10 @@ def main():
     log.write(csv)
     bar = {"unit": " tokens", "unit_scale": numbers[0].size * MAX_LEN, "disable": rank != 0}
     for step in (bar := tqdm(range(saved + 1, steps + 1), initial=int(saved), total=steps, **bar)):
-        loss_sum = torch.zeros((), device=device)
+        loss_sum = torch.zeros((), device=engine.device)
         for micro_batch in numbers[step - 1, :, rank]:
             torch.manual_seed(SEED << 32 | int(micro_batch[0]))  # dropout too is a function of the draws
-            batch = [tensor.to(device) for tensor in make_batch(examples, draws, micro_batch, pad_id)]
+            batch = [tensor.to(engine.device) for tensor in make_batch(examples, draws, micro_batch, pad_id)]
             loss = supervised_loss(engine, *batch)
             engine.backward(loss)
             lr = engine.get_lr()[0]
@@ -391,10 +389,12 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except BlockingIOError:
-        sys.exit(f"{CKPT_DIR}_state is in use by another run; wait for its end, or give another CKPT_DIR")
+    except (BlockingIOError, json.JSONDecodeError) as error:  # of claim_run
+        why = "in use by another run; wait for its end" if isinstance(error, OSError) else "damaged; remove it"
+        sys.exit(f"{CKPT_DIR}_state is {why}, or give another CKPT_DIR")
     except (KeyboardInterrupt, OSError, SafetensorError, RuntimeError) as error:
         if type(error) is RuntimeError and "gloo" not in str(error):  # with which other ranks learn of the end of one
             raise
-        memory = f"; halve {MICRO_BSIZE = }, double GRAD_ACC" if isinstance(error, torch.OutOfMemoryError) else ""
-        sys.exit(f"stopped by {type(error).__name__}: {error!s:.300}{memory}; the same command goes on with the run")
+        memory = f"remove {CKPT_DIR}_state, halve {MICRO_BSIZE = } and double GRAD_ACC"
+        remedy = memory if isinstance(error, torch.OutOfMemoryError) else "give the same command again to go on"
+        sys.exit(f"stopped: {type(error).__name__}({error!s:.300}); {remedy}")

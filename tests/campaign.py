@@ -59,14 +59,14 @@ def wait_for(moment, folder, run, rng):
     """Sleep until a random point of `moment`; False if the run ended before."""
     log, partial = folder / "run_logs" / "train_loss.csv", folder / "run_state" / "partial"
     begun, began = log.stat().st_mtime_ns if log.exists() else 0, time.time()
-    delay = rng.uniform(0, 12)
+    delay = rng.uniform(0, 3)
     came = {
-        "before the first step": lambda: time.time() - began > delay / 3,
+        "before the first step": lambda: time.time() - began > delay,
         "in a step": lambda: log.exists() and log.stat().st_mtime_ns > begun and log.read_text().count("\n") > 1,
         "saving a state": lambda: any(partial.glob("*states.pt")),
         "saving a checkpoint": lambda: (partial / "config.json").exists(),
         "at the end": lambda: (folder / f"run_step{CONSTANTS['TOTAL_TRAIN_STEPS']:04d}").exists(),
-        "one rank": lambda: time.time() - began > delay,
+        "one rank": lambda: time.time() - began > delay and ranks_of(run),
     }[moment]
     while not came():
         if run.poll() is not None:
@@ -76,11 +76,14 @@ def wait_for(moment, folder, run, rng):
     return run.poll() is None
 
 
+def ranks_of(run):
+    """The process ids of the ranks that a launcher has started."""
+    return [pid for pid, words in alive(run.pid).items() if any(word.startswith("--local_rank=") for word in words)]
+
+
 def kill(run, moment, rng):
     """SIGKILL to all processes of a run, or to one rank, behind which the others must end by themselves."""
-    ranks = [pid for pid, words in alive(run.pid).items() if any(word.startswith("--local_rank=") for word in words)]
-    ranks = [pid for pid in ranks if "launch" not in "".join(alive(run.pid).get(pid, [])[:4])]
-    if moment == "one rank" and ranks:
+    if moment == "one rank" and (ranks := ranks_of(run)):
         os.kill(rng.choice(sorted(ranks)), signal.SIGKILL)
         assert run.wait(timeout=TIMEOUT) != 0
     else:
@@ -125,21 +128,23 @@ def survive(begin, folder, moments, rng, whole):
 
 
 def contents(folder):
-    """{name: SHA-256} of all files below `folder`."""
-    files = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """{name: SHA-256} of all files below `folder`, but for a state that is being removed."""
+    files = {str(path.relative_to(folder)): path for path in Path(folder).rglob("*") if path.is_file()}
+    kept = {name: path for name, path in files.items() if not name.startswith("run_logs/state/")}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in kept.items()}
 
 
 def campaign(script, ranks, kills, seed, toy_folder, folder):
-    """Kill runs of `script` on so many `ranks` until `kills` have met one; returns the Counter of the moments met."""
+    """Kill runs of `script` on so many `ranks` until so many `kills` have hit one; the Counter of the moments met."""
     rng, met, number = random.Random(f"{script} {ranks} {seed}"), Counter(), 0
+    moments = MOMENTS if ranks > 1 else MOMENTS[:-1]  # one rank alone has no others
     begin = lambda where: start(script, ranks, toy_folder, where)
     (reference := folder / "reference").mkdir(parents=True)
     assert begin(reference).wait(timeout=300) == 0, Path(f"{reference}.printed").read_text()
     whole = contents(reference)
     while met.total() < kills:
         run = folder / f"run{(number := number + 1)}"
-        met += survive(begin, run, rng.choices(MOMENTS, k=min(kills - met.total(), rng.randint(1, 8))), rng, whole)
+        met += survive(begin, run, rng.choices(moments, k=min(kills - met.total(), rng.randint(1, 8))), rng, whole)
         assert contents(run) == whole, set(contents(run).items()) ^ set(whole.items())
         shutil.rmtree(run)
         print(f"{script}, {ranks} ranks, {number} runs, {met.total()} kills: {dict(met)}", flush=True)

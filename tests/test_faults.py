@@ -125,12 +125,17 @@ def test_a_damaged_state_is_refused(claimed):
     assert claimed() == 2
     for shard in folder.iterdir():
         whole = shard.read_bytes()
-        for remains in (whole[: len(whole) // 2], None):
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 1  # torch loads that without a word
+        for remains in (whole[: len(whole) // 2], flipped, None):
             shard.write_bytes(remains) if remains else shard.unlink()
             with pytest.raises(SystemExit, match=r"run_state is damaged.*remove it"):
                 claimed()
         shard.write_bytes(whole)
     assert claimed() == 2
+    Path("run_state/run.json").write_text('{"MODEL_NAME"')
+    with pytest.raises(json.JSONDecodeError):  # which the script ends with in one line
+        claimed()
 
 
 def test_a_folder_that_is_somebody_elses_is_left_alone(claimed):
@@ -202,24 +207,23 @@ def whole(toy_folder, tmp_path_factory):
 
 
 def test_kills_on_one_rank(toy_folder, tmp_path, whole):
-    """At a seeded moment of each kind; the long campaign is campaign.py."""
+    """At seeded moments; the long campaign is campaign.py. A fast run may be at its end before a moment is met."""
     moments = ["before the first step", "saving a state", "in a step", "saving a checkpoint"]
     begin = lambda folder: start("fullseq", 1, toy_folder, folder)
     met = survive(begin, tmp_path / "run", moments, random.Random(1), whole)
-    assert len(met) >= 3, met  # a run may be at its end before the last
+    assert met["before the first step"] == 1 and len(met) > 1
     assert contents(tmp_path / "run") == whole
 
 
 def test_kills_on_two_ranks(toy_folder, tmp_path):
-    """Of all processes, and of one, behind which the launch ends by itself and says what happened."""
+    """Of one rank, behind which the launch ends by itself and says what happened, and of all processes."""
     (reference := tmp_path / "reference").mkdir()
     status, printed = run_of("blockwise", 2, toy_folder, reference)
     assert status == 0, printed
-    whole, moments = contents(reference), ["saving a state", "one rank"]
     begin = lambda folder: start("blockwise", 2, toy_folder, folder)
-    met = survive(begin, tmp_path / "run", moments, random.Random(3), whole)
-    assert set(met) == set(moments)
-    assert contents(tmp_path / "run") == whole
+    met = survive(begin, tmp_path / "run", ["one rank", "saving a state"], random.Random(3), contents(reference))
+    assert met["one rank"] == 1
+    assert contents(tmp_path / "run") == contents(reference)
     assert "exits with return code = -9" in Path(f"{tmp_path / 'run'}.printed").read_text()
 
 
@@ -227,16 +231,18 @@ def test_a_full_disk_and_two_starts(toy_folder, tmp_path, whole):
     """A file that grows too large ends the run with one message; then it goes on, and no second one beside it."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))  # fits a state alone
     line = command("fullseq", 1, toy_folder)
-    run = subprocess.run(line, cwd=tmp_path, env=user_environment(), capture_output=True, text=True, preexec_fn=limit)
+    how = {"cwd": tmp_path, "env": user_environment(), "capture_output": True, "text": True, "timeout": 240}
+    run = subprocess.run(line, preexec_fn=limit, **how)
     assert run.returncode == 1 and "Traceback" not in run.stderr
     (message,) = [line for line in run.stderr.splitlines() if "cannot be saved" in line]
-    assert "run_step0012" in message and "the same command goes on" in message
+    assert "run_step0012" in message and "give the same command again" in message
     assert sorted(os.listdir(tmp_path)) == ["run_logs", "run_state"]
     assert "partial" not in os.listdir(tmp_path / "run_state") and "step0008" in os.listdir(tmp_path / "run_state")
 
     first = start("fullseq", 1, toy_folder, tmp_path)
+    deadline = time.time() + 200
     while not (tmp_path / "run_step0012").exists():
-        assert first.poll() is None, Path(f"{tmp_path}.printed").read_text()
+        assert time.time() < deadline and first.poll() is None, Path(f"{tmp_path}.printed").read_text()
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)
     status, printed = run_of("fullseq", 1, toy_folder, tmp_path)
@@ -272,7 +278,11 @@ def test_bad_numbers_and_a_state_with_code(toy_folder, tmp_path):
     assert f"step{step - 1:04d}" in os.listdir(tmp_path / "run_state")
     assert len((tmp_path / "run_logs" / "train_loss.csv").read_text().splitlines()) == step
 
-    (state,) = (tmp_path / "run_state" / f"step{step - 1:04d}").glob("*optim_states.pt")
+    saved = tmp_path / "run_state" / f"step{step - 1:04d}"
+    weights = torch.load(saved / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    assert len(weights) == 24 and all(weight.isfinite().all() for weight in weights.values())
+
+    (state,) = saved.glob("*optim_states.pt")
     torch.save({"optimizer_state_dict": Code()}, state)
     status, printed = run_of("blockwise", 1, toy_folder, tmp_path, MODEL_NAME="model")
     assert status == 1 and "code has run" not in printed and "Weights only load failed" in printed

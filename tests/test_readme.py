@@ -45,7 +45,7 @@ def test_pt_flags_in_commands_exist(capsys):
 def test_the_slurm_script_starts_a_launcher_a_node_and_requeues(tmp_path):
     """Run as it stands, with stand-ins for Slurm's own commands, which note how they are called."""
     (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", README, re.S)
-    for name, body in {"srun": "sleep 60", "scontrol": "echo node1; echo node2"}.items():
+    for name, body in {"srun": "sleep 15", "scontrol": "echo node1; echo node2"}.items():
         (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $*" >> {tmp_path}/called\n{body}\n')
         (tmp_path / name).chmod(0o755)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
