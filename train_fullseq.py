@@ -2,10 +2,10 @@
 
     deepspeed --num_gpus 8 train_fullseq.py --SEED 43      # any constant below, for one run; or `python`
 
-Each draw masks every token of one answer with probability t ~ U(MASK_PROB_EPS, 1). The loss is the cross-entropy of
-the masked tokens (Nie et al., "Large Language Diffusion Models", arXiv 2502.09992), averaged as in Blockwise SFT (Sun,
-Cai, Yang, Wang, arXiv 2508.19529), whose baseline it is. `diff` with train_blockwise.py shows the method alone.
-Shapes: B micro-batch, L MAX_LEN, V vocabulary, M supervised positions, N draws of the run.
+Each draw masks every token of one answer with rate t ~ U(MASK_PROB_EPS, 1). The loss is the cross-entropy of the masked
+tokens (Nie et al., "Large Language Diffusion Models", arXiv 2502.09992), averaged as in Blockwise SFT, whose baseline
+it is (Sun, Cai, Yang, Wang, arXiv 2508.19529). `diff` with train_blockwise.py shows the method alone.
+B rows, L MAX_LEN, V vocabulary, M supervised positions, N draws.
 """
 
 import ast
@@ -20,7 +20,7 @@ from contextlib import suppress
 from glob import escape, glob
 from importlib.metadata import version
 from pathlib import Path
-from zipfile import ZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import deepspeed
 import numpy as np
@@ -158,8 +158,7 @@ def fetch(auto_class, **options):  # of the model; its code comes from the same 
 def match_targets(model):
     """The names of the linear layers that LORA_TARGETS match, never of the LM head."""
     head, ends = model.get_output_embeddings(), tuple(f".{target}" for target in LORA_TARGETS)
-    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    return [name for name in linear if f".{name}".endswith(ends)]
+    return [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and m != head and f".{n}".endswith(ends)]
 
 
 def build_model(device):
@@ -206,9 +205,9 @@ def save_merged(model, tokenizer, path):
 
 def save(path, needed, write):
     """Let every rank `write` to {CKPT_DIR}_state/partial, which becomes `path` when whole. OSError if that fails."""
-    partial = f"{CKPT_DIR}_state/partial"
+    partial, rank = f"{CKPT_DIR}_state/partial", deepspeed.comm.get_rank()
     try:
-        if shutil.disk_usage(f"{CKPT_DIR}_state").free < needed and not os.path.exists(path):
+        if rank == 0 and not os.path.exists(path) and shutil.disk_usage(f"{CKPT_DIR}_state").free < needed:
             raise OSError(f"{needed / 1e9:.2f} GB are not free")
         write(partial)
         os.sync()
@@ -216,7 +215,7 @@ def save(path, needed, write):
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{path} cannot be saved: {error!r:.300}") from error
     deepspeed.comm.barrier()
-    if deepspeed.comm.get_rank() == 0 and os.path.exists(partial):
+    if rank == 0 and os.path.exists(partial):
         os.rename(partial, path)
 
 
@@ -235,13 +234,14 @@ def claim_run(run):
     if it is of another run, or damaged. Returns the last step saved. Raises BlockingIOError if a run is using it."""
     os.makedirs(state := f"{CKPT_DIR}_state", exist_ok=True)
     fcntl.flock(os.open(f"{state}/lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
-    taken = lambda suffix: glob(f"{escape(CKPT_DIR)}_logs{suffix}") + glob(f"{escape(CKPT_DIR)}_step*[0-9]{suffix}")
+    taken = lambda suffix: glob(f"{escape(CKPT_DIR)}_logs{suffix}/*") + glob(f"{escape(CKPT_DIR)}_step*[0-9]{suffix}")
     suffix = next(suffix for suffix in ["", *(f"-v{number}" for number in range(2, 10**4))] if not taken(suffix))
     known = Path(state, "run.json")
     begun = json.loads(known.read_text()) if known.exists() else run | {"suffix": suffix}
-    if differ := [f"{k} {begun.get(k)!r}, now {v!r}" for k, v in run.items() if begun.get(k) != v and k != "budget"]:
+    same = {"budget", "suffix"} | {key for key in begun.keys() | run.keys() if begun.get(key) == run.get(key)}
+    if differ := [f"{key} {begun.get(key)!r}, now {run.get(key)!r}" for key in begun | run if key not in same]:
         sys.exit(f"{state}: unfinished run with {'; '.join(differ)}. Give the same, or another CKPT_DIR, or remove it")
-    step = max((int(name[4:]) for name in os.listdir(state) if name.startswith("step")), default=0)
+    step = max((int(name[4:]) for name in os.listdir(state) if name[4:].isdigit()), default=0)
     whole = [is_zipfile(file) and not ZipFile(file).testzip() for file in glob(f"{escape(state)}/step{step:04d}/*.pt")]
     strange = not known.exists() and set(os.listdir(state)) - {"lock", "run.json.partial"}
     if strange or len(whole) < (run["world_size"] + 1) * (step > 0) or not all(whole):
@@ -338,8 +338,9 @@ def main():
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model = build_model(deepspeed.get_accelerator().device_name(local_rank))
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    deepspeed.comm.all_reduce(saved := torch.tensor(saved, device=deepspeed.get_accelerator().current_device_name()))
     engine, *_ = deepspeed.initialize(model=model.train(), model_parameters=adapter, config=ds_config(steps))
-    deepspeed.comm.all_reduce(saved := torch.tensor(saved, device=engine.device))  # which rank 0 alone knows
+    engine._get_all_ckpt_names = lambda *where: [engine._get_ckpt_name(*where)]  # its own fails on a [ in the name
     fragment, zero = sys.modules["deepspeed.utils.tensor_fragment"].fragment_address, deepspeed.runtime.zero.config
     torch.serialization.add_safe_globals([fragment, zero.ZeroStageEnum, deepspeed.runtime.fp16.loss_scaler.LossScaler])
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # a state with code in it is refused
@@ -354,15 +355,15 @@ def main():
             torch.manual_seed(SEED << 32 | int(micro_batch[0]))  # dropout too is a function of the draws
             batch = [tensor.to(engine.device) for tensor in make_batch(examples, draws, micro_batch, pad_id)]
             loss = supervised_loss(engine, *batch)
-            engine.backward(loss)
+            engine.backward(loss * (loss - loss + 1).detach())  # times 1, or nan: then DeepSpeed does not update
             lr = engine.get_lr()[0]
             engine.step()
             loss_sum += loss.detach() / GRAD_ACC
         deepspeed.comm.all_reduce(mean := loss_sum / world_size)  # (T16) over micro-batches and ranks
-        if not mean.isfinite() or not engine.was_step_applied():  # then DeepSpeed has left the weights as they were
+        if not mean.isfinite() or not engine.was_step_applied():  # the weights are as they were
             save_state(engine, step - 1, Path(log.name).read_text())
             rows = draws[numbers[step - 1, :, rank], 0].ravel().tolist()
-            sys.exit(f"step {step}: loss {loss_sum} on rows {rows} of {PT_FILE}, or its gradient, is not finite")
+            sys.exit(f"step {step}: loss {loss_sum} or gradient not finite on rows {rows} of {PT_FILE}; state is saved")
         log.write(f"{step},{mean:.6f}\n")
         bar.set_postfix(step=f"{step}/{steps}", loss=f"{mean:.3f}", lr=f"{lr:.1e}")
         if step == steps or (SAVE_EVERY and step % SAVE_EVERY == 0):
@@ -381,7 +382,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (BlockingIOError, json.JSONDecodeError) as error:  # of claim_run
+    except (BlockingIOError, json.JSONDecodeError, UnicodeDecodeError, BadZipFile) as error:  # of claim_run
         why = "in use by another run; wait for its end" if isinstance(error, OSError) else "damaged; remove it"
         sys.exit(f"{CKPT_DIR}_state is {why}, or give another CKPT_DIR")
     except (KeyboardInterrupt, OSError, SafetensorError, RuntimeError) as error:

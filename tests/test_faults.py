@@ -83,11 +83,12 @@ def test_an_unfinished_run_keeps_its_name(claimed, capsys):
 def test_names_that_are_taken(claimed, taken):
     for name in taken:
         os.mkdir(name)
+        Path(name, "file").write_text("mine")
     os.mkdir("run_other_logs-v9")
     claimed()
     expected = f"-v{len(taken) + 1}"
     assert json.loads(Path("run_state/run.json").read_text())["suffix"] == expected
-    assert all(not os.listdir(name) for name in taken)
+    assert all(os.listdir(name) == ["file"] for name in taken)
 
 
 def test_another_run_is_refused_and_named(trainer, claimed, tmp_path):
@@ -98,6 +99,11 @@ def test_another_run_is_refused_and_named(trainer, claimed, tmp_path):
         claimed()
     assert "\n" not in str(refused.value) and "run_state" in str(refused.value) and "budget" not in str(refused.value)
     trainer.LORA_RANK, trainer.LR = 4, 1e-5
+    begun = json.loads(Path("run_state/run.json").read_text())
+    Path("run_state/run.json").write_text(json.dumps(begun | {"ONLY_THE_TWINS": 3}))
+    with pytest.raises(SystemExit, match="ONLY_THE_TWINS 3, now None"):
+        claimed()
+    Path("run_state/run.json").write_text(json.dumps(begun, indent=2) + "\n")
     with pytest.raises(SystemExit, match="world_size 1, now 2"):
         claimed(world_size=2)
     rows = torch.load(trainer.PT_FILE, weights_only=True)
@@ -187,6 +193,7 @@ def test_space_is_checked_before_writing(saving, monkeypatch):
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**6))
     with pytest.raises(OSError, match=r"run_step0003 cannot be saved.*0\.01 GB are not free"):
         saving.save("run_step0003", 10**7, lambda _: pytest.fail("wrote"))
+    saving.save("run_state", 10**7, lambda _: None)  # that is there already
     saving.save("run_step0003", 10**6, os.mkdir)
     assert os.path.isdir("run_step0003")
 
@@ -271,7 +278,8 @@ def test_bad_numbers_and_a_state_with_code(toy_folder, tmp_path):
     weights["model.transformer.wte.weight"][token] = float("nan")
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     status, printed = run_of("blockwise", 1, toy_folder, tmp_path, MODEL_NAME="model")
-    message = re.search(r"^step (\d+): loss nan on rows (\[.*?\]) of .*train.pt, .* not finite$", printed, re.M)
+    said = r"^step (\d+): loss nan or gradient not finite on rows (\[.*?\]) of .*train.pt; state is saved"
+    message = re.search(said, printed, re.M)
     assert status == 1 and message and "Traceback" not in printed, printed
     step = int(message[1])
     assert number in json.loads(message[2]) and len(json.loads(message[2])) == CONSTANTS["MICRO_BSIZE"]

@@ -62,7 +62,8 @@ def test_two_ranks_uneven_data_accumulation_and_an_early_end(toy_folder, tmp_pat
     torch.save(rows, tmp_path / "seven.pt")
     constants = data(toy_folder, MICRO_BSIZE=2, GRAD_ACC=2, LR=1e-2, TOTAL_TRAIN_STEPS=100, SAVE_EVERY=2)
     command = [*launcher(2), SUITE / "train_blockwise.py", *constants, "--PT_FILE", "seven.pt"]
-    (tmp_path / "ckpts_stagewise_sft_32_logs").mkdir()  # a taken name
+    (tmp_path / "ckpts_stagewise_sft_32_logs").mkdir()
+    (tmp_path / "ckpts_stagewise_sft_32_logs" / "mine.txt").write_text("")  # a taken name
     status, printed = launch(command, tmp_path)
     assert status == 0, printed
 
@@ -71,7 +72,7 @@ def test_two_ranks_uneven_data_accumulation_and_an_early_end(toy_folder, tmp_pat
     assert steps == 3  # the first two have learning rate 0: a checkpoint without the last one has not changed
     logs = tmp_path / "ckpts_stagewise_sft_32_logs-v2"
     assert len(losses(logs)) == steps
-    assert not list((tmp_path / "ckpts_stagewise_sft_32_logs").iterdir())
+    assert os.listdir(tmp_path / "ckpts_stagewise_sft_32_logs") == ["mine.txt"]
     saved = {path.name for path in tmp_path.iterdir() if "_step" in path.name}
     due = {step for step in range(1, steps + 1) if step % 2 == 0} | {steps}
     assert saved == {f"ckpts_stagewise_sft_32_step{step:04d}-v2" for step in due}
