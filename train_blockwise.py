@@ -389,7 +389,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (BlockingIOError, json.JSONDecodeError, UnicodeDecodeError, BadZipFile) as error:  # of claim_run
+    except (BlockingIOError, json.JSONDecodeError, BadZipFile, torch.serialization.pickle.UnpicklingError) as error:
         why = "in use by another run; wait for its end" if isinstance(error, OSError) else "damaged; remove it"
         sys.exit(f"{CKPT_DIR}_state is {why}, or give another CKPT_DIR")
     except (KeyboardInterrupt, OSError, SafetensorError, RuntimeError) as error:

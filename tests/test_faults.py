@@ -277,20 +277,21 @@ def test_bad_numbers_and_a_state_with_code(toy_folder, tmp_path):
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.transformer.wte.weight"][token] = float("nan")
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    status, printed = run_of("blockwise", 1, toy_folder, tmp_path, MODEL_NAME="model")
+    status, printed = run_of("blockwise", 1, toy_folder, tmp_path, MODEL_NAME="model", CKPT_DIR="[1]")
     said = r"^step (\d+): loss nan or gradient not finite on rows (\[.*?\]) of .*train.pt; state is saved"
     message = re.search(said, printed, re.M)
     assert status == 1 and message and "Traceback" not in printed, printed
     step = int(message[1])
     assert number in json.loads(message[2]) and len(json.loads(message[2])) == CONSTANTS["MICRO_BSIZE"]
-    assert f"step{step - 1:04d}" in os.listdir(tmp_path / "run_state")
-    assert len((tmp_path / "run_logs" / "train_loss.csv").read_text().splitlines()) == step
+    assert f"step{step - 1:04d}" in os.listdir(tmp_path / "[1]_state")
+    assert len((tmp_path / "[1]_logs" / "train_loss.csv").read_text().splitlines()) == step
 
-    saved = tmp_path / "run_state" / f"step{step - 1:04d}"
+    saved = tmp_path / "[1]_state" / f"step{step - 1:04d}"
     weights = torch.load(saved / "mp_rank_00_model_states.pt", weights_only=True)["module"]
     assert len(weights) == 24 and all(weight.isfinite().all() for weight in weights.values())
 
     (state,) = saved.glob("*optim_states.pt")
     torch.save({"optimizer_state_dict": Code()}, state)
-    status, printed = run_of("blockwise", 1, toy_folder, tmp_path, MODEL_NAME="model")
-    assert status == 1 and "code has run" not in printed and "Weights only load failed" in printed
+    status, printed = run_of("blockwise", 1, toy_folder, tmp_path, MODEL_NAME="model", CKPT_DIR="[1]")
+    assert status == 1 and "code has run" not in printed and "[1]_state is damaged; remove it" in printed
+    assert "Traceback" not in printed
