@@ -142,8 +142,9 @@ def test_ranks_nodes_and_accumulation_share_a_global_batch_without_changing_it(t
 
 def test_ctrl_c_is_one_line_and_the_run_can_go_on(toy_folder, tmp_path):
     command = [sys.executable, SUITE / "train_blockwise.py", *data(toy_folder, MICRO_BSIZE=2, TOTAL_TRAIN_STEPS=100)]
-    env = {**os.environ, "PYTHONPATH": ""}
-    run = subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
+    how = {"cwd": tmp_path, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "preexec_fn": heed}
+    run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": ""}, **how)
     log = tmp_path / "ckpts_stagewise_sft_32_logs" / "train_loss.csv"
     deadline = time.time() + 200
     while not (log.exists() and len(log.read_text().splitlines()) > 2):
