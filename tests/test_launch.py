@@ -185,6 +185,27 @@ def test_seeds_and_the_time_to_wait(toy_folder, tmp_path, monkeypatch, blockwise
     assert waits == [timedelta(hours=2)] * 2
 
 
+def test_an_infinite_loss_makes_the_gradient_bad_too(toy_folder, tmp_path, monkeypatch, blockwise):
+    """DeepSpeed leaves out an update for its gradients alone; the state before it must still be there to be saved."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_blockwise.py", *data(toy_folder, MICRO_BSIZE=2, TOTAL_TRAIN_STEPS=3)])
+    losses = iter((1.5, float("inf")))
+    monkeypatch.setattr(blockwise, "supervised_loss", lambda *_: torch.tensor(next(losses)))
+    monkeypatch.setattr(blockwise.deepspeed, "init_distributed", lambda timeout: None)
+    engine = mock.MagicMock(get_lr=lambda: [1.0], device="cpu")
+    monkeypatch.setattr(blockwise.deepspeed, "initialize", lambda **_: (engine,))
+    monkeypatch.setattr(blockwise.deepspeed, "comm", mock.MagicMock())
+    monkeypatch.setattr(blockwise, "save", lambda path, *_: saved.append(path))
+    saved = []
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1" if name == "WORLD_SIZE" else "0")
+    with pytest.raises(SystemExit, match="step 2: loss inf"):
+        blockwise.main()
+    first, second = (call.args[0].item() for call in engine.backward.call_args_list)
+    assert first == 1.5 and second != second
+    assert saved[-1] == "ckpts_stagewise_sft_32_state/step0001"
+
+
 @pytest.mark.parametrize("script", ["train_blockwise.py", "train_fullseq.py"])
 def test_scripts_stand_alone(script, tmp_path):
     """Copied elsewhere, a trainer still runs: it needs nothing of this repository."""

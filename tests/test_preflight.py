@@ -165,7 +165,8 @@ def test_mask_id(trainer):
 def test_targets(trainer):
     """Fails on the published behaviour (T12): targets that do not exist were ignored in silence."""
     trainer.LORA_TARGETS = ["q_proj", "gate_proj"]
-    assert trainer.preflight(run := {}, 1) == []
+    run = {}
+    assert trainer.preflight(run, 1) == []
     assert (run["budget"]["layers q_proj"], run["budget"]["layers gate_proj"]) == (3, 0)  # which is printed
     trainer.LORA_TARGETS = ["gate_proj", "proj"]
     (problem,) = trainer.preflight({}, 1)
@@ -303,7 +304,7 @@ def test_the_toys_own_checks(toy_folder):
         assert len(row["full_ids"]) <= 256 and len(row["full_ids"]) - row["prompt_len"] >= 96
 
 
-def test_a_pinned_revision(trainer, toy_folder, monkeypatch):
+def test_a_pinned_revision(trainer, toy_folder):
     """MODEL_REVISION pins weights and code alike: that of another revision is never run; the pin is recorded."""
     hub = Path(os.environ["HF_HOME"], "hub", "models--some--toy")
     for commit, code in (("1" * 40, ""), ("2" * 40, "raise RuntimeError('code of main has run')\n")):
