@@ -2,9 +2,9 @@
 
     deepspeed --num_gpus 8 train_blockwise.py --BLOCK_SIZE 64      # any constant below, for one run; or `python`
 
-Each draw picks one block of one answer: clean text before it, [MASK] behind it, and in it every token masked with rate
-t ~ U(MASK_PROB_EPS, 1). The loss is the cross-entropy of its masked tokens (Sun, Cai, Yang, Wang, arXiv 2508.19529).
-B rows, L MAX_LEN, V vocabulary, M supervised positions, N draws. `diff` with train_fullseq.py shows the method alone.
+Each draw picks one block of one answer: clean text before it, [MASK] behind it, in it every token masked with rate t ~
+U(MASK_PROB_EPS, 1); the loss is the cross-entropy of these (Sun, Cai, Yang, Wang, arXiv 2508.19529). `diff` with
+train_fullseq.py shows the method. B rows, L MAX_LEN, V vocabulary, M supervised positions, N draws.
 """
 
 import ast
@@ -57,6 +57,8 @@ LORA_RANK = 256
 LORA_ALPHA = None  # None = 2 * LORA_RANK
 LORA_DROPOUT = 0.05
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj"]  # linear layers by the end of their names
+COMPILE = None  # blocks and loss: fewer seconds and bytes a step, a minute at the start; None = on a GPU with gcc
+ACTIVATION_CHECKPOINTING = False  # True takes a fraction of the memory, and a third more time
 CKPT_DIR = "ckpts_stagewise_sft_32"  # prefix of {CKPT_DIR}_stepXXXX/, {CKPT_DIR}_logs/ and {CKPT_DIR}_state/
 SAVE_EVERY = None  # steps; None = at the end only; the last step is always saved
 STATE_EVERY = 50  # steps between saved states, the most that a killed run loses; None = saves none
@@ -66,7 +68,8 @@ ABLATION = ["PREFIX_MASK_RATE", "SUFFIX_MASK_PROB", "BLOCK_SIZE"]  # go into abl
 RANGES = [  # type, lowest, highest, constants
     (str, None, None, "MODEL_NAME MODEL_REVISION PT_FILE CKPT_DIR"),
     (list, None, None, "LORA_TARGETS"),
-    (bool, False, True, "MASK_PADDING"),
+    (bool, False, True, "MASK_PADDING ACTIVATION_CHECKPOINTING"),
+    (bool | None, False, True, "COMPILE"),
     (int, 0, 2**32 - 1, "SEED MASK_ID"),
     (int, 1, 1e6, "MAX_SAMPLES MAX_LEN EPOCHS MICRO_BSIZE GRAD_ACC LORA_RANK BLOCK_SIZE"),
     (int | None, 1, 1e6, "TOTAL_TRAIN_STEPS SAVE_EVERY STATE_EVERY"),
@@ -105,8 +108,7 @@ def schedule(examples, max_draws):
 
 def plan(examples, world_size):
     """The run: draws (N, 2), their numbers by (step, GRAD_ACC, rank, MICRO_BSIZE), and its budget."""
-    # Differs from the published script (T1, T3): all steps are taken on any number of GPUs, by every rank alike
-    global_batch = MICRO_BSIZE * GRAD_ACC * world_size
+    global_batch = MICRO_BSIZE * GRAD_ACC * world_size  # Differs from the published script (T1, T3): of all ranks
     max_steps = TOTAL_TRAIN_STEPS or MAX_SAMPLES * EPOCHS // (MICRO_BSIZE * GRAD_ACC)
     samples = sum(prompt_len < len(ids) for prompt_len, ids in examples)  # (T11) the others are never drawn
     draws = schedule(examples, max_steps * global_batch) if samples >= MICRO_BSIZE else []
@@ -117,7 +119,6 @@ def plan(examples, world_size):
     draws = draws[: steps * global_batch]
     budget = {"samples": samples, "samples without an answer": len(examples) - samples, "passes": len(draws) / samples}
     budget |= {"steps": steps, "global batch": global_batch, "draws": len(draws), "draws left out": left_out}
-    budget["forward tokens"] = len(draws) * MAX_LEN
     return draws, np.arange(len(draws)).reshape(steps, GRAD_ACC, world_size, MICRO_BSIZE), budget
 
 
@@ -126,15 +127,13 @@ def make_batch(examples, draws, numbers, pad_id):
     picked = [(*examples[draws[number][0]], draws[number][1]) for number in numbers]
     input_ids = torch.stack([pad(ids, (0, MAX_LEN - len(ids)), value=pad_id) for _, ids, _ in picked])
     fields = torch.tensor([(prompt_len, len(ids), block) for prompt_len, ids, block in picked]).T[..., None]
-    # Differs from the published script (T4): the noise of a draw is a function of SEED and its number alone
-    noise = [np.random.default_rng((SEED, number)).random(MAX_LEN + 1, dtype=np.float32) for number in numbers]
-    return input_ids, *corrupt(input_ids, *fields, torch.from_numpy(np.stack(noise)))
+    noise = np.stack([np.random.default_rng((SEED, n)).random(MAX_LEN + 1, dtype=np.float32) for n in numbers])
+    return input_ids, *corrupt(input_ids, *fields, torch.from_numpy(noise))  # (T4) f(SEED, number), whatever the ranks
 
 
 def corrupt(input_ids, prompt_len, length, block, noise):
-    """Show the state that decoding meets in `block`: clean before it, masked at rate t inside, hidden behind. From the
-    (B, L) input_ids, the (B, 1) prompt_len, length and block, and noise (B, 1 + L) uniform on [0, 1) to the (B, L)
-    noisy_ids and loss_mask, True = supervised: the masked tokens of the active block."""
+    """Show what decoding meets in `block`: clean before it, masked at rate t inside, hidden behind. (B, L) input_ids,
+    (B, 1) prompt_len, length, block, (B, 1 + L) noise ~ U(0, 1) -> (B, L) noisy_ids, loss_mask (True = supervised)."""
     pos = torch.arange(input_ids.shape[1])  # (L,)
     t = MASK_PROB_EPS + (1 - MASK_PROB_EPS) * noise[:, :1]  # (B, 1)
     first = prompt_len + block * BLOCK_SIZE  # (B, 1)
@@ -147,15 +146,23 @@ def corrupt(input_ids, prompt_len, length, block, noise):
     return input_ids.masked_fill(masked, MASK_ID), masked & active
 
 
+def tuned(part, device):  # as COMPILE and ACTIVATION_CHECKPOINTING have it run there; it computes the same
+    fast = torch.compile(part) if COMPILE or (COMPILE is None and device != "cpu" and shutil.which("gcc")) else part
+    lean = lambda *inputs, **options: torch.utils.checkpoint.checkpoint(fast, *inputs, use_reentrant=False, **options)
+    return lean if ACTIVATION_CHECKPOINTING else fast
+
+
 def supervised_loss(model, input_ids, noisy_ids, loss_mask):
-    """Mean over rows of the mean cross-entropy over the row's masked positions; 0 for a row without any. With n tokens
-    and t ~ U(0, 1) it is the 1/t-weighted bound over n + 1. All (B, L); a hook drops other positions at the head."""
-    select = lambda _, inputs: (inputs[0][loss_mask],) if inputs[0].is_floating_point() else None
-    with model.get_output_embeddings().register_forward_pre_hook(select):
-        logits = model(input_ids=noisy_ids).logits
-    logits = logits[loss_mask] if logits.dim() == 3 else logits  # a head tied to the embedding bypasses the hook
-    nll = cross_entropy(logits.float(), input_ids[loss_mask], reduction="none")  # (M,)
-    return (nll / loss_mask.sum(1, keepdim=True).expand_as(loss_mask)[loss_mask]).sum() / len(input_ids)
+    """Mean over rows of the mean cross-entropy of the row's masked positions, 0 for a row without any: for n tokens and
+    t ~ U(0, 1) the 1/t-weighted bound over n + 1. All (B, L), on the host; a hook drops the others at the head."""
+    head, (row, pos) = model.get_output_embeddings(), loss_mask.nonzero(as_tuple=True)
+    device, picked = head.weight.device, (row, pos, input_ids[row, pos], loss_mask.sum(1)[row])
+    row, pos, targets, count = (tensor.to(device) for tensor in picked)  # (M,) each
+    with head.register_forward_pre_hook(lambda _, x: (x[0][row, pos],) if x[0].is_floating_point() else None):
+        logits = model(input_ids=noisy_ids.to(device)).logits
+    logits = logits[row, pos] if logits.dim() == 3 else logits  # a head tied to the embedding bypasses the hook
+    token_nll = lambda logits, targets: cross_entropy(logits.float(), targets, reduction="none")  # (M,)
+    return (tuned(token_nll, str(device))(logits, targets) / count).sum() / len(input_ids)
 
 
 def fetch(auto_class, **options):  # of the model; its code comes from the same revision
@@ -176,36 +183,31 @@ def build_model(device):
     alpha, targets = 2 * LORA_RANK if LORA_ALPHA is None else LORA_ALPHA, match_targets(model)
     torch.manual_seed(SEED)
     lora = peft.LoraConfig(r=LORA_RANK, lora_alpha=alpha, lora_dropout=LORA_DROPOUT, target_modules=targets)
+    for block in next((part for part in model.modules() if isinstance(part, torch.nn.ModuleList)), []):
+        block.forward = tuned(block.forward, device)
     return peft.get_peft_model(model, lora)
 
 
 def ds_config(steps):
-    """DeepSpeed's configuration: ZeRO-2, bf16, AdamW, logarithmic warm-up and cosine decay over `steps`."""
-    warmup = max(1, int(WARMUP_RATIO * steps))  # Differs from the published script (T14): 0 is refused
+    """DeepSpeed's configuration: ZeRO-2, bf16, AdamW, logarithmic warm-up (of 0 steps it is refused, T14), cosine."""
+    rows = {"train_micro_batch_size_per_gpu": MICRO_BSIZE, "gradient_accumulation_steps": GRAD_ACC}
     zero = {"stage": 2, "overlap_comm": True, "allgather_bucket_size": int(2e8), "reduce_bucket_size": int(2e8)}
+    zero |= {"reduce_scatter": True, "contiguous_gradients": True}
     adamw = {"lr": LR, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True}  # not compiled
-    cosine = {"total_num_steps": steps, "warmup_num_steps": warmup, "cos_min_ratio": 0.01}
-    return {
-        "train_micro_batch_size_per_gpu": MICRO_BSIZE,
-        "gradient_accumulation_steps": GRAD_ACC,
-        "gradient_clipping": GRAD_CLIP,
-        "bf16": {"enabled": True},
-        "zero_optimization": zero | {"reduce_scatter": True, "contiguous_gradients": True},
-        "optimizer": {"type": "AdamW", "params": adamw},
-        "scheduler": {"type": "WarmupCosineLR", "params": cosine},
-    }
+    cosine = {"total_num_steps": steps, "warmup_num_steps": max(1, int(WARMUP_RATIO * steps)), "cos_min_ratio": 0.01}
+    parts = {"optimizer": {"type": "AdamW", "params": adamw}, "scheduler": {"type": "WarmupCosineLR", "params": cosine}}
+    return rows | parts | {"gradient_clipping": GRAD_CLIP, "bf16": {"enabled": True}, "zero_optimization": zero}
 
 
 @torch.no_grad()
 def save_merged(model, tokenizer, path):
     """Write the PeftModel's base, adapted weights as W + alpha / r * B A summed in float32, to the folder `path`."""
     base = model.get_base_model()
-    merged = {n.replace(".base_layer.", "."): w.cpu() for n, w in base.state_dict().items() if ".lora_" not in n}
+    merged = {n.replace(".base_layer.", "."): w for n, w in base.state_dict().items() if ".lora_" not in n}
     for name, layer in base.named_modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):
             a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
-            weight = layer.base_layer.weight.float() + layer.scaling["default"] * (b @ a)
-            merged[f"{name}.weight"] = weight.to(layer.base_layer.weight.dtype).cpu()
+            merged[f"{name}.weight"] = (layer.base_layer.weight + layer.scaling["default"] * (b @ a)).bfloat16().cpu()
     base.save_pretrained(path, state_dict=merged, max_shard_size="5GB")
     tokenizer.save_pretrained(path)
 
@@ -228,9 +230,8 @@ def save(path, needed, write):
 
 def save_state(engine, step, csv):
     """Save all that going on after `step` takes, but for the frozen weights, and remove the state before it."""
-    path = f"{CKPT_DIR}_state/step{step:04d}"
     needed = 14 * engine.module.num_parameters(only_trainable=True)  # bf16; float32, twice more for its moments
-    if not os.path.exists(path):
+    if not os.path.exists(path := f"{CKPT_DIR}_state/step{step:04d}"):
         save(path, needed, lambda partial: engine.save_checkpoint(*os.path.split(partial), {"csv": csv}, False, True))
     for other in set(glob(f"{escape(CKPT_DIR)}_state/step*")) - {path} if deepspeed.comm.get_rank() == 0 else ():
         shutil.rmtree(other, ignore_errors=True)
@@ -278,7 +279,7 @@ def read_overrides(argv):
                 value = {str: str, list: lambda text: text.split(",")}.get(kind, ast.literal_eval)(value)
             globals()[name] = value
         value, limits = globals()[name], "not empty" if low is None else f"{low} to {high}"
-        fits = isinstance(value, kind) and (kind is bool or type(value) is not bool)
+        fits = isinstance(value, kind) and (high is True or type(value) is not bool)
         if not fits or (value is not None and not (value if low is None else low <= value <= high)):
             problems.append(f"{name} = {value!r}: must be {getattr(kind, '__name__', kind)}, {limits}")
     return problems
@@ -291,8 +292,8 @@ def preflight(run, world_size):
     problems, examples = [], []
     try:
         draws, numbers, run["budget"] = plan(examples := load_examples(), world_size)
-        masks = (make_batch(examples, draws, part, 0)[2] for part in numbers.reshape(-1, MICRO_BSIZE))
-        run["budget"]["supervised tokens"] = sum(int(mask.sum()) for mask in masks)
+        supervised = (int(make_batch(examples, draws, part, 0)[2].sum()) for part in numbers.reshape(-1, MICRO_BSIZE))
+        run["budget"] |= {"forward tokens": numbers.size * MAX_LEN, "supervised tokens": sum(supervised)}
         run["pt_sha256"] = hashlib.sha256(Path(PT_FILE).read_bytes()).hexdigest()
     except ValueError as error:
         problems.append(str(error))
@@ -333,6 +334,7 @@ def main():
     if local_rank == 0 and (problems := problems or preflight(run, world_size)):
         sys.exit("\n".join(problems))
     saved = claim_run(run) if rank == 0 else 0
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, with a warning
     deepspeed.utils.logger.setLevel("ERROR")
     (logging.enable_progress_bar if rank == 0 else logging.disable_progress_bar)()
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # CPU ranks talk through gloo, nothing is compiled
@@ -360,14 +362,13 @@ def main():
         loss_sum = torch.zeros((), device=engine.device)
         for micro_batch in numbers[step - 1, :, rank]:
             torch.manual_seed(SEED << 32 | int(micro_batch[0]))  # dropout too is a function of the draws
-            batch = [tensor.to(engine.device) for tensor in make_batch(examples, draws, micro_batch, pad_id)]
-            loss = supervised_loss(engine, *batch)
+            loss = supervised_loss(engine, *make_batch(examples, draws, micro_batch, pad_id))
             engine.backward(loss * (loss - loss + 1).detach())  # times 1, or nan: then DeepSpeed does not update
             lr = engine.get_lr()[0]
             engine.step()
             loss_sum += loss.detach() / GRAD_ACC
         deepspeed.comm.all_reduce(mean := loss_sum / world_size)  # (T16) over micro-batches and ranks
-        if not mean.isfinite() or not engine.was_step_applied():  # the weights are as they were
+        if not np.isfinite(mean := mean.item()) or not engine.was_step_applied():  # the weights are as they were
             save_state(engine, step - 1, Path(log.name).read_text())
             rows = draws[numbers[step - 1, :, rank], 0].ravel().tolist()
             sys.exit(f"step {step}: loss {loss_sum} or gradient not finite on rows {rows} of {PT_FILE}; state is saved")
@@ -375,8 +376,7 @@ def main():
         bar.set_postfix(step=f"{step}/{steps}", loss=f"{mean:.3f}", lr=f"{lr:.1e}")
         if step == steps or (SAVE_EVERY and step % SAVE_EVERY == 0):
             path = f"{CKPT_DIR}_step{step:04d}{run['suffix']}"
-            write = lambda partial: rank or os.path.exists(path) or save_merged(model, tokenizer, partial)  # noqa: B023
-            save(path, needed, write)
+            save(path, needed, lambda partial: rank or os.path.exists(path) or save_merged(model, tokenizer, partial))  # noqa: B023
         if STATE_EVERY and step % STATE_EVERY == 0 and step < steps:
             save_state(engine, step, Path(log.name).read_text())
     if rank == 0:
@@ -395,6 +395,6 @@ if __name__ == "__main__":
     except (KeyboardInterrupt, OSError, SafetensorError, RuntimeError) as error:
         if type(error) is RuntimeError and "gloo" not in str(error):  # with which other ranks learn of the end of one
             raise
-        memory = f"remove {CKPT_DIR}_state, halve {MICRO_BSIZE = } and double GRAD_ACC"
+        memory = f"remove {CKPT_DIR}_state, set ACTIVATION_CHECKPOINTING or halve {MICRO_BSIZE = } and double GRAD_ACC"
         remedy = memory if isinstance(error, torch.OutOfMemoryError) else "give the same command again to go on"
         sys.exit(f"stopped: {type(error).__name__}({error!s:.300}); {remedy}")

@@ -1,7 +1,9 @@
 """LoRA's targets, the merge and the checkpoint."""
 
 import os
+import shutil
 
+import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
@@ -148,3 +150,49 @@ def test_toy_rotary_attention_depends_on_distance_alone():
     scores = [(rotate(q, angles[i]) * rotate(k, angles[i + 4])).sum() for i in (0, 5, 20)]
     torch.testing.assert_close(scores, [scores[0]] * 3)
     assert (scores[0] - (q * k).sum()).abs() > 1e-3
+
+
+def loss_and_gradients(trainer, **constants):
+    """Loss and gradients of a batch of two rows, LoRA's dropout on, and the bytes kept for the backward pass."""
+    for name, value in constants.items():
+        setattr(trainer, name, value)
+    model, kept = adapted(trainer).train(), {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    examples = trainer.load_examples()
+    draws, numbers, _ = trainer.plan(examples, 1)
+
+    def pack(tensor):
+        if (storage := tensor.untyped_storage()).data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = trainer.supervised_loss(model, *trainer.make_batch(examples, draws, numbers[0, 0, 0], 0))
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert len(gradients) == 2 * 4 * 3 and all(gradient.any() for gradient in gradients)
+    return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients]), sum(kept.values())
+
+
+def test_activation_checkpointing_changes_memory_alone(trainer):
+    """Bit for bit, dropout included; blocks and loss keep little but their inputs."""
+    trainer.LORA_DROPOUT = 0.3
+    loss, gradients, kept = loss_and_gradients(trainer)
+    lean_loss, lean_gradients, lean_kept = loss_and_gradients(trainer, ACTIVATION_CHECKPOINTING=True)
+    assert torch.equal(loss, lean_loss) and torch.equal(gradients, lean_gradients)
+    assert lean_kept < 0.5 * kept
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU, torch.compile needs g++")
+def test_compiled_is_the_same_to_rounding(blockwise, monkeypatch):
+    compiled, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda part: compiled.append(part) or compile_(part))
+    blockwise.LORA_DROPOUT = 0.0
+    loss, gradients, kept = loss_and_gradients(blockwise)
+    assert not compiled  # None on a CPU
+    fast_loss, fast_gradients, fast_kept = loss_and_gradients(blockwise, COMPILE=True)
+    assert len(compiled) == 4  # three blocks and the loss
+    torch.testing.assert_close(fast_loss, loss, rtol=2e-3, atol=0)
+    assert (fast_gradients - gradients).float().norm() < 0.02 * gradients.float().norm()
+    assert fast_kept < 0.8 * kept
