@@ -14,10 +14,14 @@ import os
 import re
 import sys
 from bisect import bisect_left
+from collections import Counter
+from functools import partial
 from itertools import chain
 
+import numpy as np
 import torch
 from datasets import load_dataset
+from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -44,7 +48,11 @@ def parse_args(argv):
     parser.add_argument("--max_len", type=int, default=256, help="skip longer rows, in tokens (%(default)s)")
     parser.add_argument("--max_samples", type=int, default=20000, help="stop after so many rows, 0 = all (%(default)s)")
     parser.add_argument("--filter_type", default="GSM", help='skip types that contain this, "" = none (%(default)s)')
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--num_workers", type=int, default=cores, help="processes, 0 = this one alone (%(default)s)")
     args = parser.parse_args(argv)
+    if args.num_workers < 0:
+        parser.error(f"--num_workers {args.num_workers}: must be 0 (none but this process) or more")
     if args.max_len < 2:
         parser.error(f"--max_len {args.max_len}: needs at least 2 tokens, one of the prompt and one of the answer")
     if args.max_samples < 0:
@@ -164,7 +172,7 @@ def render(tokenizer, header, queries, responses):
 
 
 def encode(tokenizer, prompts, texts, max_len):
-    """One sample `{"prompt_len": int, "full_ids": LongTensor}` per text, None for texts of more than `max_len` tokens.
+    """One sample `(prompt_len, list of ids)` per text, None for texts of more than `max_len` tokens.
 
     Each conversation is encoded once, as a whole; its prompt is the tokens that start before the prompt text ends.
     Differs from the published script (P6): there the prompt was encoded alone, which is off by one where a
@@ -179,7 +187,7 @@ def encode(tokenizer, prompts, texts, max_len):
         if len(ids) <= max_len:
             start = lambda token, encoding=encoding: encoding.token_to_chars(token)[0]  # its first character
             prompt_len = bisect_left(range(len(ids)), len(prompt), key=start)
-            sample = {"prompt_len": prompt_len, "full_ids": torch.tensor(ids)}
+            sample = (prompt_len, ids)
         samples.append(sample)
     return samples
 
@@ -193,7 +201,7 @@ def judge(kind, query, response, filter_type, spells_special):
 
 
 def process(batch, tokenizer, header, max_len, filter_type):
-    """What becomes of each row of a batch (dict of columns): [("kept", sample) or (why not, None)].
+    """What becomes of each row of a batch (dict of columns): [("kept", (prompt_len, ids)) or (why not, None)].
 
     Malformed are rows without text, without an answer in the template's rendering, and rows whose text spells a
     special token, such as `<|mdm_mask|>`, which would be encoded as the token itself.
@@ -211,28 +219,67 @@ def process(batch, tokenizer, header, max_len, filter_type):
         if sample is None:
             outcomes[i] = ("too long", None)
         else:
-            answered = sample["prompt_len"] < len(sample["full_ids"])
-            outcomes[i] = ("kept", sample) if answered else ("malformed", None)
+            prompt_len, ids = sample
+            outcomes[i] = ("kept", sample) if prompt_len < len(ids) else ("malformed", None)
     return outcomes
 
 
-def preprocess(rows, tokenizer, max_len, max_samples, filter_type):
-    """Render, encode and filter `rows` (a `datasets.Dataset`) in order, until `max_samples` (0 = all) are kept.
+def work(start, rows, **how):
+    """`process` on the rows from `start`, in a form that costs little to send from one process to another.
 
     Returns:
-        samples: list of `{"prompt_len": int, "full_ids": LongTensor of at most max_len ids}`.
-        counts: dict of rows read, filtered by type, malformed, too long, kept.
+        outcomes: list of str, one a row.
+        prompt_lens, lengths: lists of int, one a kept row.
+        ids: (sum of lengths,) int64, those of the kept rows, one after the other.
+    or, instead, the message with which to end.
     """
-    header = find_trailing_header(tokenizer)
-    batches = (process(batch, tokenizer, header, max_len, filter_type) for batch in rows.iter(BATCH_ROWS))
-    counts = dict.fromkeys(("read", "filtered by type", "malformed", "too long", "kept"), 0)
+    if get_worker_info() is not None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes use all cores already
+    try:
+        outcomes = process(rows[start : start + BATCH_ROWS], **how)
+    except SystemExit as error:  # which ends a worker without a word
+        return str(error)
+    kept = [sample for _, sample in outcomes if sample]
+    ids = np.fromiter(chain.from_iterable(ids for _, ids in kept), np.int64)
+    return [outcome for outcome, _ in outcomes], [prompt_len for prompt_len, _ in kept], [len(i) for _, i in kept], ids
+
+
+def preprocess(rows, tokenizer, max_len, max_samples, filter_type, num_workers=0):
+    """Render, encode and filter `rows` (a `datasets.Dataset`) in order, until `max_samples` (0 = all) are kept.
+
+    The rows are shared out to `num_workers` processes in batches; the result does not depend on their number.
+
+    Returns:
+        samples: list of `{"prompt_len": int, "full_ids": LongTensor of at most max_len ids}`. The tensors of a batch
+            share their storage, which takes less time and memory to save and to load.
+        counts: Counter of rows read, filtered by type, malformed, too long, kept.
+
+    Raises:
+        SystemExit: if the chat template fails.
+    """
+    how = {"tokenizer": tokenizer, "header": find_trailing_header(tokenizer)}
+    how |= {"max_len": max_len, "filter_type": filter_type}
+    rows = rows.select_columns([name for name in ("type", "query", "response") if name in rows.column_names])
+    starts = range(0, len(rows), BATCH_ROWS)
+    workers = min(num_workers, len(starts)) if len(starts) > 1 else 0
+    loader = DataLoader(starts, batch_size=None, collate_fn=partial(work, rows=rows, **how), num_workers=workers)
+    counts = Counter(dict.fromkeys(("read", "filtered by type", "malformed", "too long", "kept"), 0))
     samples = []
-    for outcome, sample in tqdm(chain.from_iterable(batches), total=len(rows), unit=" rows", desc="preprocess"):
-        counts["read"] += 1
-        counts[outcome] += 1
-        samples += [sample] if sample else []
-        if sample and len(samples) == max_samples:
-            break
+    with tqdm(total=len(rows), unit=" rows", desc="preprocess") as bar:
+        for batch in loader:
+            if isinstance(batch, str):
+                sys.exit(batch)
+            outcomes, prompt_lens, lengths, ids = batch
+            if max_samples and (room := max_samples - len(samples)) < len(lengths):  # the last of them ends the batch
+                kept = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
+                outcomes, prompt_lens, lengths = outcomes[: kept[room - 1] + 1], prompt_lens[:room], lengths[:room]
+                ids = ids[: sum(lengths)].copy()
+            pieces = zip(prompt_lens, torch.from_numpy(ids).split(lengths) if lengths else (), strict=True)
+            samples += [{"prompt_len": prompt_len, "full_ids": full_ids} for prompt_len, full_ids in pieces]
+            counts.update(outcomes, read=len(outcomes))
+            bar.update(len(outcomes))
+            if max_samples and len(samples) == max_samples:
+                break
     return samples, counts
 
 
@@ -265,7 +312,8 @@ def main():
     try:
         tokenizer = load_tokenizer(args.model, args.model_revision)
         rows = load_rows(args.dataset, args.split)
-        samples, counts = preprocess(rows, tokenizer, args.max_len, args.max_samples, args.filter_type)
+        how = (args.max_len, args.max_samples, args.filter_type, args.num_workers)
+        samples, counts = preprocess(rows, tokenizer, *how)
         if not samples:
             outcome = ", ".join(f"{count} {name}" for name, count in counts.items())
             sys.exit(f"no row is left ({outcome}); look at --max_len {args.max_len}, --filter_type and --dataset")

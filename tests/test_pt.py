@@ -241,6 +241,31 @@ def test_overwrite_and_full_disk(toy_folder, tmp_path, monkeypatch):
     assert len(os.listdir(tmp_path)) == 2
 
 
+def test_processes_change_nothing(toy_folder, monkeypatch):
+    """Not even where the last row wanted lies within a batch; and a batch's storage holds its kept ids alone."""
+    tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
+    monkeypatch.setattr(pt, "BATCH_ROWS", 7)
+    rows = [json.loads(line) for line in (toy_folder / "data" / "train.jsonl").read_text().splitlines()]
+    rows = dataset([row | {"response": row["response"] if i % 5 else ""} for i, row in enumerate(rows)])
+    alone, *others = [pt.preprocess(rows, tokenizer, 256, 20, "", workers) for workers in (0, 1, 2)]
+    assert len(alone[0]) == 20 and alone[1]["malformed"] == 5 and alone[1]["read"] == 25  # rows 0, 5, 10, 15, 20
+    for samples, counts in others:
+        assert counts == alone[1]
+        for ours, theirs in zip(samples, alone[0], strict=True):
+            assert ours["prompt_len"] == theirs["prompt_len"] and torch.equal(ours["full_ids"], theirs["full_ids"])
+        storages = {s["full_ids"].untyped_storage().data_ptr(): s["full_ids"].untyped_storage() for s in samples}
+        assert len(storages) == 4
+        assert sum(storage.nbytes() for storage in storages.values()) == 8 * sum(len(s["full_ids"]) for s in samples)
+
+
+def test_a_message_comes_out_of_a_process(toy_folder, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
+    tokenizer.chat_template = "{{ raise_exception('no such turn') }}"
+    monkeypatch.setattr(pt, "BATCH_ROWS", 1)
+    with pytest.raises(SystemExit, match="no such turn"):
+        pt.preprocess(dataset(ROWS), tokenizer, 256, 0, "", 2)
+
+
 def test_published_flags_and_defaults():
     args = pt.parse_args([])
     assert (args.output, args.model) == ("MathQA_256.pt", "GSAI-ML/LLaDA-8B-Instruct")
