@@ -155,14 +155,14 @@ def tuned(part, device):  # as COMPILE and ACTIVATION_CHECKPOINTING have it run 
 def supervised_loss(model, input_ids, noisy_ids, loss_mask):
     """Mean over rows of the mean cross-entropy of the row's masked positions, 0 for a row without any: for n tokens and
     t ~ U(0, 1) the 1/t-weighted bound over n + 1. All (B, L), on the host; a hook drops the others at the head."""
-    head, (row, pos) = model.get_output_embeddings(), loss_mask.nonzero(as_tuple=True)
-    device, picked = head.weight.device, (row, pos, input_ids[row, pos], loss_mask.sum(1)[row])
-    row, pos, targets, count = (tensor.to(device) for tensor in picked)  # (M,) each
+    head, (row, pos) = model.get_output_embeddings(), loss_mask.nonzero(as_tuple=True)  # (M,) each
+    row, pos, labels, count = (x.to(head.weight.device) for x in (row, pos, input_ids[row, pos], loss_mask.sum(1)[row]))
     with head.register_forward_pre_hook(lambda _, x: (x[0][row, pos],) if x[0].is_floating_point() else None):
-        logits = model(input_ids=noisy_ids.to(device)).logits
+        logits = model(input_ids=noisy_ids.to(row.device)).logits
     logits = logits[row, pos] if logits.dim() == 3 else logits  # a head tied to the embedding bypasses the hook
-    token_nll = lambda logits, targets: cross_entropy(logits.float(), targets, reduction="none")  # (M,)
-    return (tuned(token_nll, str(device))(logits, targets) / count).sum() / len(input_ids)
+    token_nll = tuned(lambda logits, labels: cross_entropy(logits.float(), labels, reduction="none"), str(row.device))
+    nll = torch.cat([*map(token_nll, logits.split(32), labels.split(32))])  # (M,), in pieces: faster on a CPU
+    return (nll / count).sum() / len(input_ids)
 
 
 def fetch(auto_class, **options):  # of the model; its code comes from the same revision

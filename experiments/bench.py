@@ -204,9 +204,14 @@ class Engine:
             parameter.grad, offset = None, offset + parameter.numel()
 
 
-def make_engine(trainer, model, steps):
+def has_deepspeed(device):
+    """Whether it is there, and has chosen `device` when it was imported."""
+    return deepspeed is not None and (device == "cuda") == torch.cuda.is_available()
+
+
+def make_engine(args, trainer, model, steps):
     """DeepSpeed's engine as the trainer makes it, or the stand-in."""
-    if deepspeed is None:
+    if not has_deepspeed(args.device):
         return Engine(model, trainer.GRAD_CLIP)
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return deepspeed.initialize(model=model, model_parameters=adapter, config=trainer.ds_config(steps))[0]
@@ -214,14 +219,12 @@ def make_engine(trainer, model, steps):
 
 def join(device):
     """Rank and number of ranks, the process group made if DeepSpeed is there."""
-    if deepspeed is None:
+    if not has_deepspeed(device):
         return 0, 1
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     rank, local_rank, world_size = map(int, [os.environ.setdefault(*pair) for pair in alone.items()][:3])
     deepspeed.utils.logger.setLevel("ERROR")
-    if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # as in the trainers: nothing is compiled
     deepspeed.init_distributed(verbose=False)
     deepspeed.get_accelerator().set_device(local_rank)
     return rank, world_size
@@ -280,19 +283,20 @@ def measure_steps(args, trainer, rank, world_size):
     examples, draws, numbers = prepare(args, trainer, world_size)
     start = time.perf_counter()
     model, blocks = adapted(trainer, device, SHAPES[args.shape])
-    engine = make_engine(trainer, model, len(numbers) * len(args.forms))
+    engine = make_engine(args, trainer, model, len(numbers) * len(args.forms))
     synchronize(args.device)
     build = time.perf_counter() - start
-    forwards = {}  # of the blocks, by form
-    for form in args.forms:
-        constants = {"COMPILE": form == "compiled", "ACTIVATION_CHECKPOINTING": args.activation_checkpointing}
-        vars(trainer).update(constants if form != "published" else dict.fromkeys(constants, False))
-        forwards[form] = constants, [trainer.tuned(forward, device) for _, forward in blocks]
+    ways = {"published": (False, False), "suite": (False, args.activation_checkpointing)}
+    ways["compiled"] = (True, args.activation_checkpointing)
+    forwards = {}  # of the blocks, by way
+    for way in {(False, False), *(ways[form] for form in args.forms)}:
+        trainer.COMPILE, trainer.ACTIVATION_CHECKPOINTING = way
+        forwards[way] = [trainer.tuned(forward, device) for _, forward in blocks]
     figures = {form: {"seconds": [], "losses": [], "peak": 0} for form in args.forms}
 
-    def take_step(form, step):
-        vars(trainer).update(forwards[form][0])
-        for (block, _), forward in zip(blocks, forwards[form][1], strict=True):
+    def take_step(form, way, step):
+        trainer.COMPILE, trainer.ACTIVATION_CHECKPOINTING = way
+        for (block, _), forward in zip(blocks, forwards[way], strict=True):
             block.forward = forward
         torch.manual_seed(step)
         if form == "published":
@@ -311,27 +315,27 @@ def measure_steps(args, trainer, rank, world_size):
             try:
                 reset_peak(args.device)
                 start = time.perf_counter()
-                if step == 1 and form != "compiled":  # whose products are those of the suite's form
+                if step == 1:  # of the products alone, none of them twice
                     with FlopCounterMode(display=False) as counter:
-                        take_step(form, step)
+                        take_step(form, (False, False), step)
                     figure["flops"] = counter.get_total_flops()
                     continue
-                figure["losses"].append(take_step(form, step))
+                figure["losses"].append(take_step(form, ways[form], step))
                 synchronize(args.device)
                 figure["seconds"].append(time.perf_counter() - start)
                 figure["peak"] = max(figure["peak"], peak(args.device) if step > WARMUP else 0)
-            except torch.OutOfMemoryError as error:
-                figure["error"] = f"out of memory: {str(error).splitlines()[0]:.100}"
+            except RuntimeError as error:  # out of memory, or not compiled: the other forms go on
+                if form != "compiled" and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                figure["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.100}"
                 engine.module.zero_grad()
     masks = (trainer.make_batch(examples, draws, part, 0)[2] for part in numbers[:, 0].reshape(-1, args.batch))
     supervised = sum(int(mask.sum()) for mask in masks) / len(numbers)  # a step, of all ranks
-    if "compiled" in figures and "suite" in figures:
-        figures["compiled"]["flops"] = figures["suite"].get("flops")
-    rows = {form: summary(args, figure, supervised, world_size) for form, figure in figures.items()}
-    return {"build seconds": build, "supervised tokens a step": supervised, "forms": rows}, engine
+    rows = {form: summary(args, figure, build, supervised, world_size) for form, figure in figures.items()}
+    return {"supervised tokens a step": supervised, "forms": rows}, engine
 
 
-def summary(args, figure, supervised, world_size):
+def summary(args, figure, build, supervised, world_size):
     """The figures of a form: medians over its timed steps."""
     if "error" in figure:
         return {"error": figure["error"]}
@@ -344,7 +348,8 @@ def summary(args, figure, supervised, world_size):
         "supervised tokens/s": supervised / seconds,
         "FLOP/s": figure["flops"] / seconds if figure.get("flops") else None,  # of a rank
         "peak bytes": figure["peak"],
-        "first step seconds": figure["seconds"][0],
+        "seconds to the first step's end": build + figure["seconds"][0],  # model, engine, compilation
+        "of these, the step": figure["seconds"][0],
         "mean loss": statistics.fmean(figure["losses"]),
     }
 
@@ -561,7 +566,7 @@ def measure_all(args, trainer):
     """The figures of part `step`; None on other ranks than the first."""
     rank, world_size = join(args.device)
     result, engine = measure_steps(args, trainer, rank, world_size)
-    result |= {"ranks": world_size, "engine": "stand-in" if deepspeed is None else "DeepSpeed ZeRO-2"}
+    result |= {"ranks": world_size, "engine": "DeepSpeed ZeRO-2" if has_deepspeed(args.device) else "stand-in"}
     adapter = sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)
     if rank == 0:
         result["matrix FLOP/s"] = matrix_rate(args.device)
@@ -573,7 +578,7 @@ def measure_all(args, trainer):
         result |= {"communication bytes, 8 ranks": traffic, "communication share, 8 ranks": shares}
         if not args.no_save:
             result["save"] = measure_save(args, trainer, engine.module)
-    if deepspeed is not None:
+    if has_deepspeed(args.device):
         deepspeed.comm.destroy_process_group()
     return result if rank == 0 else None
 
