@@ -199,8 +199,8 @@ def save_merged(model, tokenizer, path):
     merged = {n.replace(".base_layer.", "."): w for n, w in base.state_dict().items() if ".lora_" not in n}
     for name, layer in base.named_modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):
-            a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
-            merged[f"{name}.weight"] = (layer.base_layer.weight + layer.scaling["default"] * (b @ a)).bfloat16().cpu()
+            w, a, b = (x.weight.float() for x in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]))
+            merged[f"{name}.weight"] = torch.addmm(w, b, a, alpha=layer.scaling["default"]).bfloat16().cpu()
     base.save_pretrained(path, state_dict=merged, max_shard_size="5GB")
     tokenizer.save_pretrained(path)
 

@@ -3,6 +3,7 @@
     python experiments/bench.py --shape toy --device cpu                  # a minute or two on a laptop
     python experiments/bench.py --shape 8b --output bench.json            # one GPU, the published batch of 32 x 256
     deepspeed --num_gpus 2 experiments/bench.py --shape toy --no_save     # the same on two ranks
+    python experiments/bench.py --part save --shape 8b                    # the merged checkpoint alone
     python experiments/bench.py --part fit --shape 8b                     # largest micro-batches, by memory
     python experiments/bench.py --part pt --rows 100000                   # pt.py, by number of processes
 
@@ -76,7 +77,7 @@ def parse_args(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--part", choices=("step", "fit", "pt"), default="step", help="what to measure (%(default)s)")
+    parser.add_argument("--part", choices=("step", "save", "fit", "pt"), default="step", help="what to measure (%(default)s)")
     parser.add_argument("--shape", choices=SHAPES, default="toy", help="of the model (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=gpu, help="where (here %(default)s)")
     parser.add_argument("--method", choices=TRAINERS, default="blockwise", help="which trainer (%(default)s)")
@@ -357,29 +358,37 @@ def summary(args, figure, build, supervised, world_size):
 # ---------------------------------------------------------------------------- saving
 
 
-def measure_save(args, trainer, model):
-    """Seconds and host memory of save_merged, and seconds of a plain write of as many bytes to the same disk."""
+def measure_save(trainer, model):
+    """Seconds and host memory of save_merged, and seconds of a plain write of as many bytes, before and after it."""
     size = 2 * model.get_base_model().num_parameters()
     runs = os.path.join(EXPERIMENTS, "runs")
     os.makedirs(runs, exist_ok=True)
     if (free := shutil.disk_usage(runs).free) < 2.1 * size:
         return {"error": f"{2.1 * size / 1e9:.1f} GB needed in {runs}, {free / 1e9:.1f} GB free"}
     with tempfile.TemporaryDirectory(prefix="bench-", dir=runs) as folder:
-        os.sync()
+        plain = [plain_write(f"{folder}/plain", size)]
         reset_peak("cpu")
         before, start = peak("cpu"), time.perf_counter()
         trainer.save_merged(model, types.SimpleNamespace(save_pretrained=lambda path: None), f"{folder}/model")
         os.sync()
         seconds, above = time.perf_counter() - start, peak("cpu") - before
         written = sum(entry.stat().st_size for entry in os.scandir(f"{folder}/model"))
-        chunk, start = os.urandom(1 << 26), time.perf_counter()
-        with open(f"{folder}/plain", "wb") as file:
-            for left in range(written, 0, -len(chunk)):
-                file.write(chunk[: min(left, len(chunk))])
-        os.sync()
-        plain = time.perf_counter() - start
-    memory = {"host bytes above": above, "host memory ratio": above / written}
-    return {"bytes": written, "seconds": seconds, "plain write seconds": plain, **memory}
+        plain.append(plain_write(f"{folder}/plain", size))
+    figures = {"bytes": written, "seconds": seconds, "plain write seconds": statistics.fmean(plain)}
+    return figures | {"host bytes above": above, "host memory ratio": above / written}
+
+
+def plain_write(path, size):
+    """Seconds that writing `size` random bytes takes, until they are on the disk; the file is removed."""
+    os.sync()
+    chunk, start = os.urandom(1 << 26), time.perf_counter()
+    with open(path, "wb") as file:
+        for left in range(size, 0, -len(chunk)):
+            file.write(chunk[: min(left, len(chunk))])
+    os.sync()
+    seconds = time.perf_counter() - start
+    os.remove(path)
+    return seconds
 
 
 # ---------------------------------------------------------------------------- what fits
@@ -546,15 +555,15 @@ def print_table(rows):
 def report(args, result):
     """Print `result`; write it to --output."""
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
+    if "save" in result:
+        print_table({"merged save": result["save"]})
     if args.part == "step":
         print_table(result["forms"])
-        if "save" in result:
-            print_table({"merged save": result["save"]})
         for link, share in result["communication share, 8 ranks"].items():
             print(f"share of ZeRO-2's communication in a step of 8 ranks, not overlapped: {share:.2%} on {link}")
         keys = ("form", "speedup", "memory_ratio", "share_of_matrix_rate", "matrix FLOP/s")
         print(", ".join(f"{key} {show(result[key])}" for key in keys if result.get(key) is not None))
-    else:
+    elif args.part != "save":
         print_table(result["fit"] if args.part == "fit" else result["processes"])
     if args.output:
         with open(args.output, "x") as file:
@@ -577,7 +586,7 @@ def measure_all(args, trainer):
         shares = {link: traffic / rate / (traffic / rate + seconds) for link, rate in LINKS.items()} if seconds else {}
         result |= {"communication bytes, 8 ranks": traffic, "communication share, 8 ranks": shares}
         if not args.no_save:
-            result["save"] = measure_save(args, trainer, engine.module)
+            result["save"] = measure_save(trainer, engine.module)
     if has_deepspeed(args.device):
         deepspeed.comm.destroy_process_group()
     return result if rank == 0 else None
@@ -588,6 +597,9 @@ def main():
     trainer = TRAINERS[args.method]
     if args.part == "step":
         result = measure_all(args, trainer)
+    elif args.part == "save":
+        trainer.LORA_RANK = args.lora_rank
+        result = {"save": measure_save(trainer, adapted(trainer, args.device, SHAPES[args.shape])[0])}
     else:
         result = measure_fit(args, trainer) if args.part == "fit" else measure_pt(args)
     if result is not None:
