@@ -77,7 +77,9 @@ def parse_args(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--part", choices=("step", "save", "fit", "pt"), default="step", help="what to measure (%(default)s)")
+    parser.add_argument(
+        "--part", choices=("step", "save", "fit", "pt"), default="step", help="what to measure (%(default)s)"
+    )
     parser.add_argument("--shape", choices=SHAPES, default="toy", help="of the model (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=gpu, help="where (here %(default)s)")
     parser.add_argument("--method", choices=TRAINERS, default="blockwise", help="which trainer (%(default)s)")
