@@ -6,18 +6,26 @@ import signal
 import subprocess
 import time
 
+import bench
 import pytest
 from conftest import SUITE, TRAINERS
 
 import pt
 
 README = (SUITE / "README.md").read_text()
-CODE = "\n".join(re.findall(r"```(?:bash)?\n(.*?)```", README, re.S))
+CODE = "\n".join(re.findall(r"```(?:bash|python|bibtex)?\n(.*?)```", README, re.S))
 
 
 def test_files_and_commands_exist():
     named = set(re.findall(r"[\w/.-]+\.(?:py|txt)\b", CODE)) - {"my_train.py"}
-    assert {"pt.py", "train_blockwise.py", "train_fullseq.py", "experiments/toy.py", "requirements.txt"} <= named
+    assert {
+        "pt.py",
+        "train_blockwise.py",
+        "train_fullseq.py",
+        "experiments/toy.py",
+        "experiments/bench.py",
+        "requirements.txt",
+    } <= named
     assert all((SUITE / name).exists() for name in named), [name for name in named if not (SUITE / name).exists()]
 
 
@@ -40,6 +48,14 @@ def test_pt_flags_in_commands_exist(capsys):
     known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
     for line in re.findall(r"pt\.py(.*)", CODE):
         assert set(re.findall(r"--[a-z_]+", line)) <= known, line
+
+
+def test_bench_flags_exist(capsys):
+    with pytest.raises(SystemExit):
+        bench.parse_args(["--help"])
+    known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
+    lines = re.findall(r"bench\.py([^`\n]*)", README)
+    assert len(lines) > 5 and all(set(re.findall(r"--[a-z_]+", line)) <= known for line in lines)
 
 
 def test_the_slurm_script_starts_a_launcher_a_node_and_requeues(tmp_path):
