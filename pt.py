@@ -48,7 +48,7 @@ def parse_args(argv):
     parser.add_argument("--max_len", type=int, default=256, help="skip longer rows, in tokens (%(default)s)")
     parser.add_argument("--max_samples", type=int, default=20000, help="stop after so many rows, 0 = all (%(default)s)")
     parser.add_argument("--filter_type", default="GSM", help='skip types that contain this, "" = none (%(default)s)')
-    cores = len(os.sched_getaffinity(0))
+    cores = min(16, len(os.sched_getaffinity(0)))
     parser.add_argument("--num_workers", type=int, default=cores, help="processes, 0 = this one alone (%(default)s)")
     args = parser.parse_args(argv)
     if args.num_workers < 0:
@@ -231,14 +231,14 @@ def work(start, rows, **how):
         outcomes: list of str, one a row.
         prompt_lens, lengths: lists of int, one a kept row.
         ids: (sum of lengths,) int64, those of the kept rows, one after the other.
-    or, instead, the message with which to end.
+    or, instead, the SystemExit or UnicodeDecodeError with which to end: a worker's own would not reach the user.
     """
     if get_worker_info() is not None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes use all cores already
     try:
         outcomes = process(rows[start : start + BATCH_ROWS], **how)
-    except SystemExit as error:  # which ends a worker without a word
-        return str(error)
+    except (SystemExit, UnicodeDecodeError) as error:
+        return error
     kept = [sample for _, sample in outcomes if sample]
     ids = np.fromiter(chain.from_iterable(ids for _, ids in kept), np.int64)
     return [outcome for outcome, _ in outcomes], [prompt_len for prompt_len, _ in kept], [len(i) for _, i in kept], ids
@@ -256,19 +256,21 @@ def preprocess(rows, tokenizer, max_len, max_samples, filter_type, num_workers=0
 
     Raises:
         SystemExit: if the chat template fails.
+        RuntimeError: if a process is killed.
     """
     how = {"tokenizer": tokenizer, "header": find_trailing_header(tokenizer)}
     how |= {"max_len": max_len, "filter_type": filter_type}
     rows = rows.select_columns([name for name in ("type", "query", "response") if name in rows.column_names])
     starts = range(0, len(rows), BATCH_ROWS)
     workers = min(num_workers, len(starts)) if len(starts) > 1 else 0
-    loader = DataLoader(starts, batch_size=None, collate_fn=partial(work, rows=rows, **how), num_workers=workers)
+    how = {"collate_fn": partial(work, rows=rows, **how), "multiprocessing_context": "fork" if workers else None}
+    loader = DataLoader(starts, batch_size=None, num_workers=workers, **how)
     counts = Counter(dict.fromkeys(("read", "filtered by type", "malformed", "too long", "kept"), 0))
     samples = []
     with tqdm(total=len(rows), unit=" rows", desc="preprocess") as bar:
         for batch in loader:
-            if isinstance(batch, str):
-                sys.exit(batch)
+            if isinstance(batch, BaseException):
+                raise batch
             outcomes, prompt_lens, lengths, ids = batch
             if max_samples and (room := max_samples - len(samples)) < len(lengths):  # the last of them ends the batch
                 kept = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
@@ -322,6 +324,10 @@ def main():
         sys.exit(f"--dataset {args.dataset} is not UTF-8 text ({first_line(error)}); convert it")
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing was written")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"a process was killed, of {args.num_workers}; nothing was written: give a lower --num_workers")
     finally:
         if os.path.exists(file.name):
             os.remove(file.name)

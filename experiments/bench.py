@@ -66,8 +66,16 @@ SHAPES = {  # all with LLaDA's vocabulary of 126,464
 }
 FORMS = ("published", "suite", "compiled")
 BATCH = {"toy": 8, "1b": 8, "8b": 32}
-WARMUP = 3  # steps of each form before the timed ones, besides the first
-FITTED = {"suite": (False, False), "compiled": (True, False), "checkpointed": (False, True), "both": (True, True)}
+VISITS = 2  # each form takes its steps in so many turns
+WARMUP = 2  # untimed steps at the beginning of each
+PAD_ID = 126081
+FITTED = {  # COMPILE, ACTIVATION_CHECKPOINTING
+    "published": (False, False),
+    "suite": (False, False),
+    "compiled": (True, False),
+    "checkpointed": (False, True),
+    "both": (True, True),
+}
 MEMORIES = (24, 48, 80, 141)  # GB, for --part fit
 LINKS = {"NVLink, 450 GB/s": 450e9, "PCIe 5, 50 GB/s": 50e9}  # bytes/s each way, of the data sheets
 
@@ -103,8 +111,11 @@ def parse_args(argv):
         parser.error(f"--forms {','.join(args.forms)}: {', '.join(unknown)} is none of {', '.join(FORMS)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; give --device cpu")
-    if args.output and (os.path.exists(args.output) or not os.path.isdir(os.path.dirname(args.output) or ".")):
-        parser.error(f"--output {args.output}: exists already, or its folder does not; give another file")
+    if args.output and (os.path.exists(args.output) or not os.access(os.path.dirname(args.output) or ".", os.W_OK)):
+        parser.error(f"--output {args.output}: exists already, or its folder cannot be written; give another file")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1 and (args.part != "step" or not has_deepspeed(args.device)):
+        parser.error(f"--part {args.part}: {ranks} ranks; a launcher is for --part step and needs DeepSpeed")
     return args
 
 
@@ -272,66 +283,80 @@ def matrix_rate(device, repeats=10):
 
 
 def prepare(args, trainer, world_size):
-    """The trainer's constants for this run, and its examples, draws and their numbers."""
-    steps = args.repeats + WARMUP + 2
-    constants = {"MAX_LEN": args.length, "MICRO_BSIZE": args.batch, "LORA_RANK": args.lora_rank}
+    """The trainer's constants for this run, and its examples, draws and their numbers (step, 1, rank, row)."""
+    steps = args.repeats + VISITS * WARMUP
+    constants = {"MAX_LEN": args.length, "MICRO_BSIZE": args.batch, "LORA_RANK": args.lora_rank, "GRAD_ACC": 1}
     vars(trainer).update(constants, TOTAL_TRAIN_STEPS=steps, PT_FILE="(generated)")
     examples = random_examples(steps * args.batch * world_size, args.length)
     return examples, *trainer.plan(examples, world_size)[:2]
 
 
+def loss_of(form, trainer, model, examples, draws, part):
+    if form == "published":
+        return published_loss(model, *published_batch(trainer, examples, draws, part, PAD_ID))
+    return trainer.supervised_loss(model, *trainer.make_batch(examples, draws, part, PAD_ID))
+
+
+def use(trainer, blocks, device, compiled, checkpointed):
+    """Have the trainer, and the blocks with their own forwards, run that way."""
+    trainer.COMPILE, trainer.ACTIVATION_CHECKPOINTING = compiled, checkpointed
+    for block, forward in blocks:
+        block.forward = trainer.tuned(forward, device)
+
+
+def count_flops(form, trainer, model, blocks, device, examples, draws, part):
+    """FLOPs of forward and backward of a batch: of the products, and of attention on a GPU. Row by row, which fits."""
+    use(trainer, blocks, device, False, False)
+    with FlopCounterMode(display=False) as counter:
+        for number in part:
+            loss_of(form, trainer, model, examples, draws, [number]).backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
 def measure_steps(args, trainer, rank, world_size):
-    """Figures of each form, and the engine. All forms take the same steps, one after the other on each batch."""
+    """Figures of each form, and the engine. All forms take the same steps, in turn, in visits of half of them each."""
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else "cpu"
     examples, draws, numbers = prepare(args, trainer, world_size)
     start = time.perf_counter()
     model, blocks = adapted(trainer, device, SHAPES[args.shape])
-    engine = make_engine(args, trainer, model, len(numbers) * len(args.forms))
     synchronize(args.device)
     build = time.perf_counter() - start
-    ways = {"published": (False, False), "suite": (False, args.activation_checkpointing)}
-    ways["compiled"] = (True, args.activation_checkpointing)
-    forwards = {}  # of the blocks, by way
-    for way in {(False, False), *(ways[form] for form in args.forms)}:
-        trainer.COMPILE, trainer.ACTIVATION_CHECKPOINTING = way
-        forwards[way] = [trainer.tuned(forward, device) for _, forward in blocks]
-    figures = {form: {"seconds": [], "losses": [], "peak": 0} for form in args.forms}
-
-    def take_step(form, way, step):
-        trainer.COMPILE, trainer.ACTIVATION_CHECKPOINTING = way
-        for (block, _), forward in zip(blocks, forwards[way], strict=True):
-            block.forward = forward
-        torch.manual_seed(step)
-        if form == "published":
-            loss = published_loss(engine, *published_batch(trainer, examples, draws, numbers[step, 0, rank], 126081))
-        else:
-            batch = trainer.make_batch(examples, draws, numbers[step, 0, rank], 126081)
-            loss = trainer.supervised_loss(engine, *batch)
-        engine.backward(loss)
-        engine.step()
-        return loss.item()
-
-    for step in tqdm(range(len(numbers)), desc="steps of each form", disable=rank != 0):
+    count = lambda form: count_flops(form, trainer, model, blocks, device, examples, draws, numbers[-1, 0, rank])
+    figures = {form: {"seconds": [], "losses": [], "peak": 0, "flops": count(form)} for form in args.forms}
+    start = time.perf_counter()
+    engine = make_engine(args, trainer, model, len(numbers) * len(args.forms))
+    build += time.perf_counter() - start
+    bar = tqdm(total=len(numbers) * len(args.forms), desc="steps", disable=rank != 0)
+    for visit in np.array_split(np.arange(len(numbers)), VISITS):
         for form, figure in figures.items():
-            if "error" in figure:
-                continue
+            use(trainer, blocks, device, form == "compiled", form != "published" and args.activation_checkpointing)
+            torch.cuda.empty_cache()  # what another form has left in pieces
             try:
-                reset_peak(args.device)
-                start = time.perf_counter()
-                if step == 1:  # of the products alone, none of them twice
-                    with FlopCounterMode(display=False) as counter:
-                        take_step(form, (False, False), step)
-                    figure["flops"] = counter.get_total_flops()
-                    continue
-                figure["losses"].append(take_step(form, ways[form], step))
-                synchronize(args.device)
-                figure["seconds"].append(time.perf_counter() - start)
-                figure["peak"] = max(figure["peak"], peak(args.device) if step > WARMUP else 0)
-            except RuntimeError as error:  # out of memory, or not compiled: the other forms go on
-                if form != "compiled" and not isinstance(error, torch.OutOfMemoryError):
-                    raise
-                figure["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.100}"
-                engine.module.zero_grad()
+                for index, step in enumerate(visit if "error" not in figure else ()):
+                    reset_peak(args.device)
+                    start = time.perf_counter()
+                    torch.manual_seed(step)
+                    loss = loss_of(form, trainer, engine, examples, draws, numbers[step, 0, rank])
+                    engine.backward(loss)
+                    engine.step()
+                    figure["losses"].append(loss.item())
+                    synchronize(args.device)
+                    seconds = time.perf_counter() - start
+                    figure.setdefault("first", seconds)
+                    if index >= WARMUP:
+                        figure["seconds"].append(seconds)
+                        figure["peak"] = max(figure["peak"], peak(args.device))
+                    bar.update()
+            except torch.OutOfMemoryError:
+                if has_deepspeed(args.device):  # whose engine cannot go on after half a backward pass
+                    sys.exit(f"{form} is out of memory: lower --batch {args.batch}, or leave it out with --forms")
+                figure["error"] = "out of memory"
+                loss = None
+                model.zero_grad()
+    bar.close()
+    if all("error" in figure for figure in figures.values()):
+        sys.exit(f"out of memory in every form: lower --batch {args.batch}, or give --activation_checkpointing")
     masks = (trainer.make_batch(examples, draws, part, 0)[2] for part in numbers[:, 0].reshape(-1, args.batch))
     supervised = sum(int(mask.sum()) for mask in masks) / len(numbers)  # a step, of all ranks
     rows = {form: summary(args, figure, build, supervised, world_size) for form, figure in figures.items()}
@@ -342,17 +367,17 @@ def summary(args, figure, build, supervised, world_size):
     """The figures of a form: medians over its timed steps."""
     if "error" in figure:
         return {"error": figure["error"]}
-    seconds = statistics.median(figure["seconds"][-args.repeats :])
+    seconds = statistics.median(figure["seconds"])
     return {
         "step seconds": seconds,
-        "fastest": min(figure["seconds"][-args.repeats :]),
-        "slowest": max(figure["seconds"][-args.repeats :]),
-        "tokens/s": args.batch * args.length * world_size / seconds,
+        "fastest": min(figure["seconds"]),
+        "slowest": max(figure["seconds"]),
+        "tokens/s": args.batch * args.length * world_size / seconds,  # padding included
         "supervised tokens/s": supervised / seconds,
-        "FLOP/s": figure["flops"] / seconds if figure.get("flops") else None,  # of a rank
+        "FLOP/s": figure["flops"] / seconds,  # of a rank
         "peak bytes": figure["peak"],
-        "seconds to the first step's end": build + figure["seconds"][0],  # model, engine, compilation
-        "of these, the step": figure["seconds"][0],
+        "seconds to the first step's end": build + figure["first"],  # model, engine, compilation
+        "of these, the step": figure["first"],
         "mean loss": statistics.fmean(figure["losses"]),
     }
 
@@ -402,13 +427,11 @@ def kept_bytes(trainer, args, layers, rows):
     model, blocks = adapted(trainer, args.device, shape)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     examples = random_examples(rows, args.length)
-    vars(trainer).update(MAX_LEN=args.length, MICRO_BSIZE=rows, TOTAL_TRAIN_STEPS=1)
+    vars(trainer).update(MAX_LEN=args.length, MICRO_BSIZE=rows, GRAD_ACC=1, TOTAL_TRAIN_STEPS=1)
     draws, numbers, _ = trainer.plan(examples, 1)
-    batch = trainer.make_batch(examples, draws, numbers[0, 0, 0], 126081)
     result = {}
-    for form, (trainer.COMPILE, trainer.ACTIVATION_CHECKPOINTING) in FITTED.items():
-        for block, forward in blocks:
-            block.forward = trainer.tuned(forward, args.device)
+    for form, how in FITTED.items():
+        use(trainer, blocks, args.device, *how)
         kept = {}
 
         def pack(tensor, kept=kept):
@@ -417,11 +440,11 @@ def kept_bytes(trainer, args, layers, rows):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = trainer.supervised_loss(model, *batch)
+            loss = loss_of(form, trainer, model, examples, draws, numbers[0, 0, 0])
         loss.backward()
         model.zero_grad()
         result[form] = sum(kept.values())
-    return result, int(batch[2].sum()) / rows
+    return result, int(trainer.make_batch(examples, draws, numbers[0, 0, 0], 0)[2].sum()) / rows
 
 
 def measure_fit(args, trainer):
@@ -439,12 +462,14 @@ def measure_fit(args, trainer):
     adapter = trained * (2 + 2 + 12) + 2 * 2 * min(int(2e8), trained)
     one, two = (kept_bytes(trainer, args, layers, rows) for layers in (1, 2))
     layers, supervised = whole.config.n_layers, one[1]
-    logits = supervised * whole.config.embedding_size * (2 + 4 + 4)  # bf16, float32 and the gradient, while in work
+    vocabulary = whole.config.embedding_size
+    logits = dict.fromkeys(FITTED, supervised * vocabulary * (2 + 4 + 4))  # bf16, float32 and the gradient, in work
+    logits["published"] = args.length * vocabulary * (2 + 2 + 2)
     work = 1.5 * (two[0]["suite"] - one[0]["suite"]) / rows  # a block recomputed, and gradients: an estimate
     table = {}
     for form in FITTED:
         block = (two[0][form] - one[0][form]) / rows  # bytes a row
-        per_row = layers * block + (one[0][form] / rows - block) + work + logits
+        per_row = layers * block + (one[0][form] / rows - block) + work + logits[form]
         room = {memory: int((0.95 * memory * 1e9 - weights - adapter) / per_row) for memory in MEMORIES}
         table[form] = {"block bytes a row": block, "bytes a row": per_row}
         table[form] |= {f"rows in {memory} GB": max(0, rows) for memory, rows in room.items()}
@@ -455,7 +480,7 @@ def measure_fit(args, trainer):
 
 
 def measure_pt(args):
-    """Rows per second and peak memory of pt.py on generated word problems, by its number of processes."""
+    """Rows per second and peak memory of pt.py, its start included, on generated word problems, by --num_workers."""
     import random
 
     import toy
@@ -472,12 +497,13 @@ def measure_pt(args):
         texts = [f"{row['query']}\n\n{row['response']}" for row in problems[:4000]]
         toy.build_tokenizer([toy.PROMPT, *texts]).save_pretrained(f"{folder}/model")
         cores = len(os.sched_getaffinity(0))
-        for workers in sorted({1, *(2**k for k in range(1, 10) if 2**k < cores), cores}):
+        environment = {**os.environ, "HF_DATASETS_CACHE": f"{folder}/cache"}
+        for workers in (None, 0, *sorted({1, *(2**k for k in range(1, 10) if 2**k < cores), cores})):
             command = [sys.executable, os.path.join(SUITE, "pt.py"), "--model", "model", "--dataset", "rows.jsonl"]
-            command += ["--max_samples", "0", "--filter_type", "", "--output", f"{workers}.pt"]
-            command += ["--num_workers", str(workers)]
+            command += ["--filter_type", "", "--output", f"{workers}.pt", "--num_workers", str(workers or 0)]
+            command += ["--max_samples", "1" if workers is None else "0"]  # the first fills the caches
             start = time.perf_counter()
-            with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL) as process:
+            with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL) as process:
                 most = 0
                 while process.poll() is None:
                     most = max(most, tree_bytes(process.pid))
@@ -486,7 +512,9 @@ def measure_pt(args):
                 sys.exit(f"pt.py ended with status {process.returncode}, see above")
             seconds = time.perf_counter() - start
             size = os.path.getsize(f"{folder}/{workers}.pt")
-            table[str(workers)] = {"seconds": seconds, "rows/s": args.rows / seconds, "peak bytes": most, "file": size}
+            figures = {"seconds": seconds, "rows/s": args.rows / seconds, "peak bytes": most, "file bytes": size}
+            table["one row" if workers is None else f"{workers} workers"] = figures
+    table["one row"]["rows/s"] = None
     return {"rows": args.rows, "processes": table}
 
 
@@ -524,7 +552,7 @@ def headline(result):
     if ours:
         best = min(ours, key=lambda form: forms[form]["step seconds"])
         result["form"] = best
-        result["share_of_matrix_rate"] = (forms[best]["FLOP/s"] or 0) / result["matrix FLOP/s"] or None
+        result["share_of_matrix_rate"] = forms[best]["FLOP/s"] / result["matrix FLOP/s"]
         if base := forms.get("published"):
             result["speedup"] = base["step seconds"] / forms[best]["step seconds"]
             result["memory_ratio"] = forms[best]["peak bytes"] / base["peak bytes"]
@@ -563,9 +591,12 @@ def report(args, result):
         print_table(result["forms"])
         for link, share in result["communication share, 8 ranks"].items():
             print(f"share of ZeRO-2's communication in a step of 8 ranks, not overlapped: {share:.2%} on {link}")
-        keys = ("form", "speedup", "memory_ratio", "share_of_matrix_rate", "matrix FLOP/s")
-        print(", ".join(f"{key} {show(result[key])}" for key in keys if result.get(key) is not None))
-    elif args.part != "save":
+        keys = ("form", "speedup", "memory_ratio", "share_of_matrix_rate")
+        print(", ".join(f"{key} {show(result[key])}" for key in keys if result.get(key) is not None), end=" ")
+        print(f"of {result['matrix FLOP/s'] / 1e12:,.3g} TFLOP/s")
+    elif args.part == "fit":
+        print_table({"besides": {name: result[name] for name in ("weights bytes", "adapter and optimizer bytes")}})
+    if args.part in ("fit", "pt"):
         print_table(result["fit"] if args.part == "fit" else result["processes"])
     if args.output:
         with open(args.output, "x") as file:
@@ -583,8 +614,8 @@ def measure_all(args, trainer):
         result["matrix FLOP/s"] = matrix_rate(args.device)
         result = headline(result)
         seconds = result["forms"].get(result.get("form"), {}).get("step seconds")
-        # gradients are reduced and scattered, new weights gathered: 7/8 of the adapter's bf16 bytes each
-        traffic = 2 * 7 / 8 * 2 * adapter
+        # DeepSpeed 0.19 all-reduces the gradients (2 x 7/8 of their bf16 bytes) and gathers the new weights (7/8)
+        traffic = 3 * 7 / 8 * 2 * adapter
         shares = {link: traffic / rate / (traffic / rate + seconds) for link, rate in LINKS.items()} if seconds else {}
         result |= {"communication bytes, 8 ranks": traffic, "communication share, 8 ranks": shares}
         if not args.no_save:

@@ -1,5 +1,6 @@
 """The benchmark measures what it says: both forms compute the same, and every figure is there."""
 
+import itertools
 import json
 import sys
 
@@ -68,7 +69,8 @@ def test_the_stand_in_updates_as_adamw_does():
 
 
 def test_bytes_kept_grow_with_blocks_and_rows(small, monkeypatch):
-    monkeypatch.setattr(bench, "FITTED", {"suite": (False, False), "checkpointed": (False, True)})
+    forms = {"published": (False, False), "suite": (False, False), "checkpointed": (False, True)}
+    monkeypatch.setattr(bench, "FITTED", forms)
     monkeypatch.setitem(bench.SHAPES, "tiny", {"d_model": 32, "n_layers": 9, "n_heads": 2, "mlp_hidden_size": 64})
     small.MASK_ID, small.LORA_RANK = 126336, 4
     args = bench.parse_args(
@@ -82,7 +84,8 @@ def test_bytes_kept_grow_with_blocks_and_rows(small, monkeypatch):
     assert result["trained"] == 9 * 4 * (3 * (32 + 32) + 32 + 64)
     assert result["weights bytes"] == 2 * (2 * 126464 * 32 + 9 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32)
     fits = result["fit"]
-    assert 0 < fits["suite"]["rows in 24 GB"] < fits["checkpointed"]["rows in 24 GB"]
+    assert 0 < fits["published"]["rows in 24 GB"] < fits["suite"]["rows in 24 GB"]
+    assert fits["suite"]["rows in 24 GB"] < fits["checkpointed"]["rows in 24 GB"]
     assert fits["suite"]["rows in 24 GB"] < fits["suite"]["rows in 141 GB"]
 
 
@@ -112,12 +115,37 @@ def test_the_command(engine, tmp_path):
     assert status == 2 and "exists already" in printed and "Traceback" not in printed
 
 
+def test_out_of_memory_leaves_the_other_forms(monkeypatch, trainer):
+    monkeypatch.setattr(bench, "deepspeed", None)
+    monkeypatch.setattr(trainer, "fetch", trainer.fetch)
+    monkeypatch.setitem(bench.TRAINERS, "blockwise", trainer)
+
+    def full(loss, calls):
+        """`loss`, out of memory from the second step on: the FLOPs of two rows are counted before the first."""
+        return lambda *batch: next(calls)(loss, *batch)
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    times = lambda: itertools.chain([lambda loss, *batch: loss(*batch)] * 3, itertools.repeat(no_room))
+    monkeypatch.setattr(bench, "published_loss", full(bench.published_loss, times()))
+    words = "--device cpu --batch 2 --length 32 --lora_rank 4 --repeats 2 --no_save --forms published,suite"
+    result = bench.measure_all(bench.parse_args(words.split()), trainer)
+    assert result["forms"]["published"] == {"error": "out of memory"} and "speedup" not in result
+    assert result["form"] == "suite" and result["forms"]["suite"]["step seconds"] > 0
+    monkeypatch.setattr(trainer, "supervised_loss", full(trainer.supervised_loss, times()))
+    with pytest.raises(SystemExit, match="lower --batch 2"):
+        bench.measure_all(bench.parse_args([*words.split()[:-1], "suite"]), trainer)
+
+
 def test_pt_is_measured(monkeypatch):
     monkeypatch.setattr(bench.os, "sched_getaffinity", lambda _: {0, 1})
     result = bench.measure_pt(bench.parse_args(["--part", "pt", "--rows", "1200"]))
-    assert set(result["processes"]) == {"1", "2"}
-    for figures in result["processes"].values():
-        assert figures["rows/s"] == 1200 / figures["seconds"] and figures["peak bytes"] > 1e8 and figures["file"] > 1e6
+    one, *others = result["processes"].values()
+    assert list(result["processes"]) == ["one row", "0 workers", "1 workers", "2 workers"] and one["rows/s"] is None
+    for figures in others:
+        assert figures["rows/s"] == 1200 / figures["seconds"] and figures["peak bytes"] > 1e8
+        assert figures["file bytes"] == others[0]["file bytes"] > 100 * one["file bytes"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 
 import pytest
 import torch
@@ -258,12 +260,30 @@ def test_processes_change_nothing(toy_folder, monkeypatch):
         assert sum(storage.nbytes() for storage in storages.values()) == 8 * sum(len(s["full_ids"]) for s in samples)
 
 
-def test_a_message_comes_out_of_a_process(toy_folder, monkeypatch):
-    tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
-    tokenizer.chat_template = "{{ raise_exception('no such turn') }}"
-    monkeypatch.setattr(pt, "BATCH_ROWS", 1)
-    with pytest.raises(SystemExit, match="no such turn"):
-        pt.preprocess(dataset(ROWS), tokenizer, 256, 0, "", 2)
+def undecodable(*_):
+    return b"\xff".decode()
+
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+ENDS = {"message": (None, "no such turn"), "text": (undecodable, "not UTF-8"), "kill": (killed, "lower --num_workers")}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_ends_a_process_is_one_message(end, toy_folder, tmp_path, monkeypatch):
+    judge, message = ENDS[end]
+    shutil.copytree(toy_folder / "model", tmp_path / "model")
+    if judge:
+        monkeypatch.setattr(pt, "judge", judge)  # in the processes, which are forked
+    else:
+        (tmp_path / "model" / "chat_template.jinja").write_text("{{ raise_exception('no such turn') }}")
+    monkeypatch.setattr(pt, "BATCH_ROWS", 7)
+    arguments = ("--model", "model", "--dataset", toy_folder / "data" / "train.jsonl", "--output", "out.pt")
+    with pytest.raises(SystemExit, match=message) as stopped:
+        run_pt(*arguments, "--num_workers", 2, cwd=tmp_path)
+    assert "\n" not in str(stopped.value) and os.listdir(tmp_path) == ["model"]
 
 
 def test_published_flags_and_defaults():
