@@ -251,6 +251,9 @@ def test_processes_change_nothing(toy_folder, monkeypatch):
     rows = dataset([row | {"response": row["response"] if i % 5 else ""} for i, row in enumerate(rows)])
     alone, *others = [pt.preprocess(rows, tokenizer, 256, 20, "", workers) for workers in (0, 1, 2)]
     assert len(alone[0]) == 20 and alone[1]["malformed"] == 5 and alone[1]["read"] == 25  # rows 0, 5, 10, 15, 20
+    kept = [i for i in range(len(rows)) if i % 5]
+    for wanted in range(1, 20):  # a batch's last kept row among them
+        assert pt.preprocess(rows, tokenizer, 256, wanted, "")[1]["read"] == kept[wanted - 1] + 1
     for samples, counts in others:
         assert counts == alone[1]
         for ours, theirs in zip(samples, alone[0], strict=True):
