@@ -275,7 +275,7 @@ def preprocess(rows, tokenizer, max_len, max_samples, filter_type, num_workers=0
             if max_samples and (room := max_samples - len(samples)) <= len(lengths):  # the last ends it
                 kept = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
                 outcomes, prompt_lens, lengths = outcomes[: kept[room - 1] + 1], prompt_lens[:room], lengths[:room]
-                ids = ids[: sum(lengths)].copy()  # so that no other row's ids are saved
+                ids = ids[: sum(lengths)]
             pieces = zip(prompt_lens, torch.from_numpy(ids).split(lengths) if lengths else (), strict=True)
             samples += [{"prompt_len": prompt_len, "full_ids": full_ids} for prompt_len, full_ids in pieces]
             counts.update(outcomes, read=len(outcomes))

@@ -38,6 +38,24 @@ def test_both_forms_have_the_same_batches_and_losses(small):
         torch.testing.assert_close(ours, theirs(model, noisy, labels))
 
 
+def test_flops_are_counted_without_a_trace(small, monkeypatch):
+    monkeypatch.setattr(bench, "PAD_ID", 98)
+    examples = [(prompt_len, ids % 99) for prompt_len, ids in bench.random_examples(40, small.MAX_LEN)]
+    draws, numbers, _ = small.plan(examples, 1)
+    model = LLaDAModelLM(LLaDAConfig(d_model=16, n_layers=2, n_heads=2, mlp_hidden_size=32, vocab_size=100))
+    part = numbers[0, 0, 0]
+    counted = {
+        form: bench.count_flops(form, small, model, [], "cpu", examples, draws, part) for form in ("published", "suite")
+    }
+    assert all(parameter.grad is None for parameter in model.parameters())
+    layers = 2 * (4 * 16 * 16 + 3 * 16 * 32)  # weights; 2 FLOPs each a position, forward and twice more backward
+    supervised = int(small.make_batch(examples, draws, part, 0)[2].sum())
+    positions = len(part) * small.MAX_LEN
+    assert counted["published"]["flops"] == 6 * positions * (layers + 16 * 100)
+    assert counted["suite"]["flops"] == 6 * (positions * layers + supervised * 16 * 100)
+    assert counted["published"]["loss"] == pytest.approx(counted["suite"]["loss"], rel=1e-4)
+
+
 def test_random_examples_are_rows_of_every_length():
     examples = bench.random_examples(500, 100)
     lengths = np.array([len(ids) for _, ids in examples])
