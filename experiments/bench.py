@@ -489,8 +489,10 @@ def measure_pt(args):
     """Rows per second and peak memory of pt.py, its start included, on generated word problems, by --num_workers."""
     import random
 
-    import toy
-
+    try:
+        import toy
+    except ImportError as error:
+        sys.exit(f"--part pt needs all of requirements.txt: {error}; pip install -r requirements.txt")
     rng, seen = random.Random(0), set()
     runs = os.path.join(EXPERIMENTS, "runs")
     os.makedirs(runs, exist_ok=True)
