@@ -244,6 +244,25 @@ def work(start, rows, **how):
     return [outcome for outcome, _ in outcomes], [prompt_len for prompt_len, _ in kept], [len(i) for _, i in kept], ids
 
 
+def read_batches(rows, num_workers, how):
+    """Yields what `work` makes of each batch of rows, in order, and raises what it returns instead."""
+    starts = range(0, len(rows), BATCH_ROWS)
+    workers = min(num_workers, len(starts)) if len(starts) > 1 else 0
+    how = {"collate_fn": partial(work, rows=rows, **how), "multiprocessing_context": "fork" if workers else None}
+    for batch in DataLoader(starts, batch_size=None, num_workers=workers, **how):
+        if isinstance(batch, BaseException):
+            raise batch
+        yield batch
+
+
+def cut(outcomes, prompt_lens, lengths, ids, room):
+    """What `work` has made of a batch, up to and with the `room`-th kept row."""
+    if room > len(lengths):
+        return outcomes, prompt_lens, lengths, ids
+    kept = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
+    return outcomes[: kept[room - 1] + 1], prompt_lens[:room], lengths[:room], ids[: sum(lengths[:room])]
+
+
 def preprocess(rows, tokenizer, max_len, max_samples, filter_type, num_workers=0):
     """Render, encode and filter `rows` (a `datasets.Dataset`) in order, until `max_samples` (0 = all) are kept.
 
@@ -261,21 +280,11 @@ def preprocess(rows, tokenizer, max_len, max_samples, filter_type, num_workers=0
     how = {"tokenizer": tokenizer, "header": find_trailing_header(tokenizer)}
     how |= {"max_len": max_len, "filter_type": filter_type}
     rows = rows.select_columns([name for name in ("type", "query", "response") if name in rows.column_names])
-    starts = range(0, len(rows), BATCH_ROWS)
-    workers = min(num_workers, len(starts)) if len(starts) > 1 else 0
-    how = {"collate_fn": partial(work, rows=rows, **how), "multiprocessing_context": "fork" if workers else None}
-    loader = DataLoader(starts, batch_size=None, num_workers=workers, **how)
     counts = Counter(dict.fromkeys(("read", "filtered by type", "malformed", "too long", "kept"), 0))
     samples = []
     with tqdm(total=len(rows), unit=" rows", desc="preprocess") as bar:
-        for batch in loader:
-            if isinstance(batch, BaseException):
-                raise batch
-            outcomes, prompt_lens, lengths, ids = batch
-            if max_samples and (room := max_samples - len(samples)) <= len(lengths):  # the last ends it
-                kept = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
-                outcomes, prompt_lens, lengths = outcomes[: kept[room - 1] + 1], prompt_lens[:room], lengths[:room]
-                ids = ids[: sum(lengths)]
+        for batch in read_batches(rows, num_workers, how):
+            outcomes, prompt_lens, lengths, ids = cut(*batch, max_samples - len(samples)) if max_samples else batch
             pieces = zip(prompt_lens, torch.from_numpy(ids).split(lengths) if lengths else (), strict=True)
             samples += [{"prompt_len": prompt_len, "full_ids": full_ids} for prompt_len, full_ids in pieces]
             counts.update(outcomes, read=len(outcomes))

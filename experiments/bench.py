@@ -23,6 +23,7 @@ import ctypes
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -66,7 +67,7 @@ SHAPES = {  # all with LLaDA's vocabulary of 126,464
 }
 FORMS = ("published", "suite", "compiled")
 BATCH = {"toy": 8, "1b": 8, "8b": 32}
-VISITS = 2  # each form takes its steps in so many turns
+TURNS = 2  # in which each form takes its steps
 WARMUP = 2  # untimed steps at the beginning of each
 PAD_ID = 126081
 FITTED = {  # COMPILE, ACTIVATION_CHECKPOINTING
@@ -284,7 +285,7 @@ def matrix_rate(device, repeats=10):
 
 def prepare(args, trainer, world_size):
     """The trainer's constants for this run, and its examples, draws and their numbers (step, 1, rank, row)."""
-    steps = args.repeats + VISITS * WARMUP
+    steps = args.repeats + TURNS * WARMUP
     constants = {"MAX_LEN": args.length, "MICRO_BSIZE": args.batch, "LORA_RANK": args.lora_rank, "GRAD_ACC": 1}
     vars(trainer).update(constants, TOTAL_TRAIN_STEPS=steps, PT_FILE="(generated)")
     examples = random_examples(steps * args.batch * world_size, args.length)
@@ -320,8 +321,39 @@ def count_flops(form, trainer, model, blocks, device, examples, draws, part):
     return {"flops": counter.get_total_flops(), "loss": statistics.fmean(losses)}
 
 
+def take_step(form, args, trainer, engine, examples, draws, part):
+    """Seconds of a step and its highest memory use, in bytes."""
+    reset_peak(args.device)
+    start = time.perf_counter()
+    torch.manual_seed(int(part[0]))
+    loss = loss_of(form, trainer, engine, examples, draws, part)
+    engine.backward(loss)
+    engine.step()
+    loss.item()
+    synchronize(args.device)
+    return time.perf_counter() - start, peak(args.device)
+
+
+def take_turn(form, figure, step, steps, args):
+    """Let `step` take each of the numbers `steps`; all but the first few go into `figure`, or what went wrong does."""
+    torch.cuda.empty_cache()  # what another form has left in pieces
+    try:
+        taken = [step(form, number) for number in steps]
+    except RuntimeError as error:
+        full = isinstance(error, torch.OutOfMemoryError)
+        if full and has_deepspeed(args.device):  # whose engine cannot go on after half a backward pass
+            sys.exit(f"{form} is out of memory: lower --batch {args.batch}, or leave it out with --forms")
+        if not full and form != "compiled":
+            raise
+        figure["error"] = "out of memory" if full else f"not compiled: {type(error).__name__}"
+        return
+    figure.setdefault("first", taken[0][0])
+    figure["seconds"] += [seconds for seconds, _ in taken[WARMUP:]]
+    figure["peak"] = max([figure["peak"], *(memory for _, memory in taken[WARMUP:])])
+
+
 def measure_steps(args, trainer, rank, world_size):
-    """Figures of each form, and the engine. All forms take the same steps, in turn, in visits of half of them each."""
+    """Figures of each form, and the engine. All forms take the same steps, in turns of half of them each."""
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else "cpu"
     examples, draws, numbers = prepare(args, trainer, world_size)
     start = time.perf_counter()
@@ -333,36 +365,15 @@ def measure_steps(args, trainer, rank, world_size):
     start = time.perf_counter()
     engine = make_engine(args, trainer, model, len(numbers) * len(args.forms))
     build += time.perf_counter() - start
-    bar = tqdm(total=len(numbers) * len(args.forms), desc="steps", disable=rank != 0)
-    for visit in np.array_split(np.arange(len(numbers)), VISITS):
-        for form, figure in figures.items():
+    step = lambda form, number: take_step(form, args, trainer, engine, examples, draws, numbers[number, 0, rank])
+    turns = [(steps, form) for steps in np.array_split(np.arange(len(numbers)), TURNS) for form in args.forms]
+    for steps, form in tqdm(turns, desc="turns", disable=rank != 0):
+        if "error" not in figures[form]:
             use(trainer, blocks, device, form == "compiled", form != "published" and args.activation_checkpointing)
-            torch.cuda.empty_cache()  # what another form has left in pieces
-            try:
-                for index, step in enumerate(visit if "error" not in figure else ()):
-                    reset_peak(args.device)
-                    start = time.perf_counter()
-                    torch.manual_seed(step)
-                    loss = loss_of(form, trainer, engine, examples, draws, numbers[step, 0, rank])
-                    engine.backward(loss)
-                    engine.step()
-                    loss.item()
-                    synchronize(args.device)
-                    seconds = time.perf_counter() - start
-                    figure.setdefault("first", seconds)
-                    if index >= WARMUP:
-                        figure["seconds"].append(seconds)
-                        figure["peak"] = max(figure["peak"], peak(args.device))
-                    bar.update()
-            except torch.OutOfMemoryError:
-                if has_deepspeed(args.device):  # whose engine cannot go on after half a backward pass
-                    sys.exit(f"{form} is out of memory: lower --batch {args.batch}, or leave it out with --forms")
-                figure["error"] = "out of memory"
-                loss = None
-                model.zero_grad()
-    bar.close()
+            take_turn(form, figures[form], step, steps, args)
+            model.zero_grad()  # of half a step
     if all("error" in figure for figure in figures.values()):
-        sys.exit(f"out of memory in every form: lower --batch {args.batch}, or give --activation_checkpointing")
+        sys.exit(f"no form has figures ({figures[form]['error']}): lower --batch {args.batch}, or give other --forms")
     masks = (trainer.make_batch(examples, draws, part, 0)[2] for part in numbers[:, 0].reshape(-1, args.batch))
     supervised = sum(int(mask.sum()) for mask in masks) / len(numbers)  # a step, of all ranks
     rows = {form: summary(args, figure, build, supervised, world_size) for form, figure in figures.items()}
@@ -485,44 +496,47 @@ def measure_fit(args, trainer):
 # ---------------------------------------------------------------------------- pt.py
 
 
-def measure_pt(args):
-    """Rows per second and peak memory of pt.py, its start included, on generated word problems, by --num_workers."""
-    import random
-
+def write_rows(folder, rows):
+    """`rows` generated word problems, and a tokenizer for them, for pt.py in `folder`."""
     try:
         import toy
     except ImportError as error:
         sys.exit(f"--part pt needs all of requirements.txt: {error}; pip install -r requirements.txt")
-    rng, seen = random.Random(0), set()
+    problems = toy.word_problems(random.Random(0), min(rows, 20000), set())
+    with open(f"{folder}/rows.jsonl", "w") as file:
+        file.writelines(json.dumps(problems[number % len(problems)]) + "\n" for number in range(rows))
+    texts = [f"{row['query']}\n\n{row['response']}" for row in problems[:4000]]
+    toy.build_tokenizer([toy.PROMPT, *texts]).save_pretrained(f"{folder}/model")
+
+
+def run_pt(folder, workers, samples):
+    """Run pt.py there on `samples` rows (0 = all): seconds, highest memory use of its processes, size of its file."""
+    command = [sys.executable, os.path.join(SUITE, "pt.py"), "--model", "model", "--dataset", "rows.jsonl"]
+    command += ["--filter_type", "", "--output", "rows.pt", "--overwrite"]
+    command += ["--num_workers", str(workers), "--max_samples", str(samples)]
+    environment = {**os.environ, "HF_DATASETS_CACHE": f"{folder}/cache"}
+    most, start = 0, time.perf_counter()
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            most = max(most, tree_bytes(process.pid))
+            time.sleep(0.2)
+    if process.returncode:
+        sys.exit(f"pt.py ended with status {process.returncode}, see above")
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak bytes": most, "file bytes": os.path.getsize(f"{folder}/rows.pt")}
+
+
+def measure_pt(args):
+    """Rows per second and peak memory of pt.py, its start included, on generated word problems, by --num_workers."""
     runs = os.path.join(EXPERIMENTS, "runs")
     os.makedirs(runs, exist_ok=True)
-    table = {}
+    cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="bench-", dir=runs) as folder:
-        with open(f"{folder}/rows.jsonl", "w") as file:
-            problems = toy.word_problems(rng, min(args.rows, 20000), seen)
-            for number in range(args.rows):
-                file.write(json.dumps(problems[number % len(problems)]) + "\n")
-        texts = [f"{row['query']}\n\n{row['response']}" for row in problems[:4000]]
-        toy.build_tokenizer([toy.PROMPT, *texts]).save_pretrained(f"{folder}/model")
-        cores = len(os.sched_getaffinity(0))
-        environment = {**os.environ, "HF_DATASETS_CACHE": f"{folder}/cache"}
-        for workers in (None, 0, *sorted({1, *(2**k for k in range(1, 10) if 2**k < cores), cores})):
-            command = [sys.executable, os.path.join(SUITE, "pt.py"), "--model", "model", "--dataset", "rows.jsonl"]
-            command += ["--filter_type", "", "--output", f"{workers}.pt", "--num_workers", str(workers or 0)]
-            command += ["--max_samples", "1" if workers is None else "0"]  # the first fills the caches
-            start = time.perf_counter()
-            with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL) as process:
-                most = 0
-                while process.poll() is None:
-                    most = max(most, tree_bytes(process.pid))
-                    time.sleep(0.2)
-            if process.returncode:
-                sys.exit(f"pt.py ended with status {process.returncode}, see above")
-            seconds = time.perf_counter() - start
-            size = os.path.getsize(f"{folder}/{workers}.pt")
-            figures = {"seconds": seconds, "rows/s": args.rows / seconds, "peak bytes": most, "file bytes": size}
-            table["one row" if workers is None else f"{workers} workers"] = figures
-    table["one row"]["rows/s"] = None
+        write_rows(folder, args.rows)
+        table = {"one row": run_pt(folder, 0, 1)}  # which fills the caches too
+        for workers in (0, *sorted({1, *(2**k for k in range(1, 10) if 2**k < cores), cores})):
+            figures = run_pt(folder, workers, 0)
+            table[f"{workers} workers"] = figures | {"rows/s": args.rows / figures["seconds"]}
     return {"rows": args.rows, "processes": table}
 
 
@@ -562,7 +576,7 @@ def headline(result):
     if ours:
         best = min(ours, key=lambda form: forms[form]["step seconds"])
         result["form"] = best
-        result["share_of_matrix_rate"] = forms[best]["FLOP/s"] / result["matrix FLOP/s"]
+        result["share_of_matrix_rate"] = forms[best]["share of the matrix rate"]
         if base := forms.get("published"):
             result["speedup"] = base["step seconds"] / forms[best]["step seconds"]
             result["memory_ratio"] = forms[best]["peak bytes"] / base["peak bytes"]

@@ -156,11 +156,24 @@ def test_out_of_memory_leaves_the_other_forms(monkeypatch, trainer):
         bench.measure_all(bench.parse_args([*words.split()[:-1], "suite"]), trainer)
 
 
+def test_what_cannot_be_compiled_leaves_the_other_forms(monkeypatch, blockwise):
+    monkeypatch.setattr(bench, "deepspeed", None)
+    monkeypatch.setattr(blockwise, "fetch", blockwise.fetch)
+
+    def fails(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda part: fails)
+    words = "--device cpu --batch 2 --length 32 --lora_rank 4 --repeats 2 --no_save --forms compiled,suite"
+    result = bench.measure_all(bench.parse_args(words.split()), blockwise)
+    assert result["form"] == "suite" and result["forms"]["compiled"] == {"error": "not compiled: RuntimeError"}
+
+
 def test_pt_is_measured(monkeypatch):
     monkeypatch.setattr(bench.os, "sched_getaffinity", lambda _: {0, 1})
     result = bench.measure_pt(bench.parse_args(["--part", "pt", "--rows", "1200"]))
     one, *others = result["processes"].values()
-    assert list(result["processes"]) == ["one row", "0 workers", "1 workers", "2 workers"] and one["rows/s"] is None
+    assert list(result["processes"]) == ["one row", "0 workers", "1 workers", "2 workers"]
     for figures in others:
         assert figures["rows/s"] == 1200 / figures["seconds"] and figures["peak bytes"] > 1e8
         assert figures["file bytes"] == others[0]["file bytes"] > 100 * one["file bytes"]
