@@ -119,7 +119,8 @@ def test_the_command(engine, tmp_path):
     assert status == 0, printed
     result = json.loads((tmp_path / "b.json").read_text())
     published, ours = result["forms"]["published"], result["forms"]["suite"]
-    assert published["loss of a batch"] == pytest.approx(ours["loss of a batch"], rel=0.002)
+    # the published form's loss is bfloat16, whose eight digits round otherwise on another processor
+    assert published["loss of a batch"] == pytest.approx(ours["loss of a batch"], rel=2**-7)
     assert result["speedup"] == published["step seconds"] / ours["step seconds"]
     assert result["memory_ratio"] == ours["peak bytes"] / published["peak bytes"]
     assert result["share_of_matrix_rate"] == ours["FLOP/s"] / result["matrix FLOP/s"]
