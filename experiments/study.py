@@ -1,0 +1,372 @@
+"""The paper's comparisons, over several seeds, through the trainers themselves.
+
+    python experiments/study.py                                     # all of them on the toy: hours on 2 cores
+    python experiments/study.py equal-compute equal-tokens --seeds 3
+    python experiments/study.py prefix --model GSAI-ML/LLaDA-8B-Instruct --data MATH.jsonl --test math500 --num_gpus 8
+
+    equal-compute   the same steps and rows a step            equal-tokens   the same number of supervised tokens
+    block-size      training block x decoding block           prefix         PREFIX_MASK_RATE 0, 0.1, 0.2, 0.5
+    suffix          SUFFIX_MASK_PROB 1, 0.5, 0                padding        MASK_PADDING False, True
+
+Without --model it makes a base of its own, see experiments/chains.py. OUTPUT/results.csv has one line for each
+study, method, setting, seed and way of decoding; figures are drawn beside it. A study that was stopped goes on with
+the same command; what several studies share is trained once.
+"""
+
+import argparse
+import csv
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from glob import escape, glob
+from multiprocessing import get_context
+
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, logging
+
+EXPERIMENTS = os.path.dirname(os.path.abspath(__file__))
+SUITE = os.path.dirname(EXPERIMENTS)
+sys.path[:0] = [EXPERIMENTS, SUITE]
+
+import chains
+import evaluate
+import plot
+import toy
+
+import train_blockwise
+import train_fullseq
+
+STUDIES = ("equal-compute", "equal-tokens", "block-size", "prefix", "suffix", "padding")
+TRAINERS = {"blockwise": train_blockwise, "fullseq": train_fullseq}
+COLUMNS = (
+    "study method setting seed block_length tokens_per_step gen_length accuracy exact_match count "
+    "loss supervised_tokens train_steps seconds"
+).split()
+# What the toy's flags are where they are not given; a real model has the paper's
+PAPER = {"steps": 200, "block_size": 32, "block_sizes": [8, 32, 128], "gen_length": 256, "tokens_per_step": [2]}
+TOY = {"steps": 400, "block_size": 10, "block_sizes": [5, 10, 20], "gen_length": 60, "tokens_per_step": [1, 2, 3]}
+TOY_CONSTANTS = {"MICRO_BSIZE": 16, "LR": 1e-3, "LORA_RANK": 16, "MAX_LEN": 112, "MAX_SAMPLES": 8000}
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"{', '.join(STUDIES)} (all)")
+    parser.add_argument("--output", default=os.path.join(EXPERIMENTS, "runs", "study"), help="(%(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each setting (%(default)s)")
+    parser.add_argument("--model", help="base model, hub id or folder (a toy)")
+    parser.add_argument("--data", help="what to train on: pt.py's --dataset (the toy's)")
+    parser.add_argument("--test", help="what to evaluate on: evaluate.py's --dataset (the toy's)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (toy 400, else 200)")
+    parser.add_argument("--block_size", type=int, help="training block, tokens (toy 10, else 32)")
+    parser.add_argument("--block_sizes", type=int, nargs="+", help="those of block-size (toy 5 10 20, else 8 32 128)")
+    parser.add_argument("--gen_length", type=int, help="of an answer (toy 60, else 256)")
+    parser.add_argument("--tokens_per_step", type=int, nargs="+", help="committed per forward (toy 1 2 3, else 2)")
+    parser.add_argument("--limit", type=int, help="test problems (all)")
+    parser.add_argument("--batch_size", type=int, default=100, help="answers decoded at a time (%(default)s)")
+    parser.add_argument("--constants", nargs="+", default=[], metavar="NAME=VALUE", help="of all training runs")
+    parser.add_argument("--num_gpus", type=int, default=1, help="of each run, through the launcher (%(default)s)")
+    jobs = 1 if torch.cuda.is_available() else os.cpu_count()
+    parser.add_argument("--jobs", type=int, default=jobs, help="runs at a time (one, or one a core: %(default)s)")
+    parser.add_argument(
+        "--remove_checkpoints", action="store_true", help="of runs that are evaluated; 16 GB each at 8B"
+    )
+    args = parser.parse_args(argv)
+    if unknown := [study for study in args.studies if study not in STUDIES]:
+        parser.error(f"{unknown[0]}: no study; give some of {', '.join(STUDIES)}")
+    for name in ("seeds", "steps", "block_size", "gen_length", "limit", "batch_size", "num_gpus", "jobs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    if (given := [f"--{name}" for name in ("model", "data", "test") if getattr(args, name)]) and len(given) < 3:
+        parser.error(f"{', '.join(given)} alone: a base of your own needs --model, --data and --test")
+    for name, value in (PAPER if args.model else TOY).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if wrong := [length for length in {args.block_size, *args.block_sizes} if length < 1 or args.gen_length % length]:
+        parser.error(f"--gen_length {args.gen_length} is not divisible by the block of {wrong[0]} tokens")
+    if wrong := [number for number in args.tokens_per_step if number < 1]:
+        parser.error(f"--tokens_per_step {wrong[0]}: must be at least 1")
+    args.studies = args.studies or list(STUDIES)
+    args.constants = ({} if args.model else TOY_CONSTANTS) | read_constants(parser, args.constants)
+    return args
+
+
+def read_constants(parser, words):
+    """{NAME: text} of NAME=VALUE; what belongs to a study or to its bookkeeping is refused."""
+    own = {"SEED", "CKPT_DIR", "PT_FILE", "MODEL_NAME", "TOTAL_TRAIN_STEPS", "BLOCK_SIZE", "SAVE_EVERY"}
+    constants = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name in own or not all(name in trainer.CONSTANTS for trainer in TRAINERS.values()):
+            parser.error(f"--constants {word}: not NAME=VALUE of a constant of both trainers that no study sets")
+        constants[name] = value
+    return constants
+
+
+# ---------------------------------------------------------------------------- what there is to do
+
+
+def make_cells(args, equal_steps):
+    """The settings of all studies: dicts of study, method, setting, constants and the blocks to decode with.
+
+    `equal_steps` is the number of full-sequence steps with as many supervised tokens as `args.steps` blockwise ones.
+    """
+
+    def cell(study, method, setting="", blocks=(args.block_size,), **changed):
+        block = {"BLOCK_SIZE": args.block_size} if method == "blockwise" else {}
+        constants = {"TOTAL_TRAIN_STEPS": args.steps} | block | changed
+        return {"study": study, "method": method, "setting": setting, "blocks": blocks, "constants": constants}
+
+    def vary(study, name, values, methods=("blockwise",), blocks=(args.block_size,)):
+        return [
+            cell(study, method, f"{name}={value}", blocks, **{name: value}) for method in methods for value in values
+        ]
+
+    made = {
+        "equal-compute": [cell("equal-compute", method) for method in TRAINERS],
+        "equal-tokens": [
+            cell("equal-tokens", "blockwise"),
+            cell("equal-tokens", "fullseq", TOTAL_TRAIN_STEPS=equal_steps),
+        ],
+        "block-size": vary("block-size", "BLOCK_SIZE", args.block_sizes, blocks=args.block_sizes)
+        + [cell("block-size", "fullseq", blocks=args.block_sizes)],
+        "prefix": vary("prefix", "PREFIX_MASK_RATE", (0.0, 0.1, 0.2, 0.5)),
+        "suffix": vary("suffix", "SUFFIX_MASK_PROB", (1.0, 0.5, 0.0)),
+        "padding": vary("padding", "MASK_PADDING", (False, True), methods=TRAINERS),
+    }
+    base = [cell(study, "base", blocks=made[study][-1]["blocks"]) for study in args.studies]
+    return base + [cell for study in args.studies for cell in made[study]]
+
+
+def equal_token_steps(pt_file, args):
+    """Full-sequence steps that supervise as many tokens as `args.steps` blockwise ones, in expectation.
+
+    Both mask with t ~ U(0, 1): a blockwise draw half a block, a full-sequence draw half an answer.
+    """
+    max_len = int(args.constants.get("MAX_LEN", train_blockwise.MAX_LEN))
+    lengths = [min(len(row["full_ids"]), max_len) - row["prompt_len"] for row in torch.load(pt_file)]
+    lengths = [length for length in lengths if length > 0]
+    block = sum(length / -(-length // args.block_size) for length in lengths)  # the mean over an answer's blocks
+    return max(1, round(args.steps * block / sum(lengths)))
+
+
+def prepare(args):
+    """Make what all runs need in `args.output`: the base, unless one is given, and the .pt file.
+
+    Returns:
+        constants of all runs, and a digest of what else decides their results.
+    """
+    if not args.model:
+        base = os.path.join(args.output, "base")
+        if not os.path.exists(os.path.join(base, "model")):
+            chains.build(base)
+        args.model, args.data, args.test = (
+            os.path.join(base, name) for name in ("model", "data/train.jsonl", "data/test.jsonl")
+        )
+    max_len = args.constants.get("MAX_LEN", train_blockwise.MAX_LEN)
+    words = ["--model", args.model, "--dataset", args.data, "--max_len", str(max_len), "--max_samples", "0"]
+    pt_file = os.path.join(args.output, f"train-{evaluate.digest(*words)[:8]}.pt")
+    if not os.path.exists(pt_file):
+        command = [sys.executable, os.path.join(SUITE, "pt.py"), *words, "--filter_type", "", "--output", pt_file]
+        toy.launch(command, os.getcwd())
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=True)
+    constants = {"MODEL_NAME": args.model, "PT_FILE": pt_file, "MASK_ID": getattr(config, "mask_token_id", 126336)}
+    identity = evaluate.model_identity(args.model, config)
+    return constants | args.constants, evaluate.digest(identity, evaluate.file_digest(pt_file))
+
+
+def make_runs(args, cells, common, identity):
+    """The training runs of the `cells`, each once: {folder: run}; a cell gets its seeds and folders as `runs`."""
+    runs = {}
+    for cell in cells:
+        cell["runs"] = []
+        for seed in range(1, args.seeds + 1) if cell["method"] != "base" else ["base"]:
+            own = cell["constants"] | {"SEED": seed} if seed != "base" else {}
+            told = {name: value for name, value in common.items() if name not in ("MODEL_NAME", "PT_FILE")} | own
+            key = evaluate.digest(identity, json.dumps(sorted(told.items())), str(args.num_gpus))[:8]
+            folder = os.path.join(args.output, f"{cell['method']}-seed{seed}-{key}")
+            run = runs.setdefault(folder, {"folder": folder, "method": cell["method"], "blocks": set()})
+            run["constants"] = common | own
+            run["blocks"] |= set(cell["blocks"])
+            cell["runs"].append((seed, folder))
+    return runs
+
+
+def decoding_folder(folder, block_length, tokens_per_step):
+    return os.path.join(folder, f"block{block_length}-tokens{tokens_per_step}")
+
+
+# ---------------------------------------------------------------------------- doing it
+
+
+def do(run, args):
+    """Train and evaluate one run, or what is left of it; its output goes to its log."""
+    os.makedirs(run["folder"], exist_ok=True)
+    torch.set_num_threads(max(1, os.cpu_count() // args.jobs))
+    missing = [
+        (block_length, tokens_per_step)
+        for block_length in sorted(run["blocks"])
+        for tokens_per_step in args.tokens_per_step
+        if not os.path.exists(f"{decoding_folder(run['folder'], block_length, tokens_per_step)}/summary.json")
+    ]
+    if not missing:
+        return
+    with open(f"{run['folder']}/log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            model = args.model if run["method"] == "base" else train(run, args, log)
+            for way in missing:
+                measure(model, decoding_folder(run["folder"], *way), *way, args, log)
+        except SystemExit as error:  # this process does other runs too
+            raise RuntimeError(f"{error.code}; see {log.name}") from error
+    if args.remove_checkpoints and run["method"] != "base":
+        shutil.rmtree(model)
+
+
+def execute(command, args, log):
+    """Run a script of the suite, its output in `log`. Raises SystemExit if it fails."""
+    threads = str(max(1, os.cpu_count() // args.jobs))
+    scripts = os.path.dirname(sys.executable)
+    environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": threads}
+    status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+    if status:
+        sys.exit(f"{os.path.basename(command[-1 if len(command) < 2 else 1])} ended with status {status}")
+
+
+def train(run, args, log):
+    """Train `run` to its end, whether it was begun before or not; returns its checkpoint."""
+    prefix = f"{run['folder']}/ckpt"
+    with suppress(FileNotFoundError), open(f"{prefix}_state/lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # its trainer may have outlived a study that was killed
+    if os.path.exists(f"{prefix}_state") or not glob(f"{escape(prefix)}_step*"):
+        words = [word for name, value in run["constants"].items() for word in (f"--{name}", str(value))]
+        start = toy.launcher(args.num_gpus) if args.num_gpus > 1 else [sys.executable]
+        execute([*start, f"{SUITE}/train_{run['method']}.py", *words, "--CKPT_DIR", prefix], args, log)
+    return max(glob(f"{escape(prefix)}_step*"))
+
+
+def measure(model, output, block_length, tokens_per_step, args, log):
+    """Evaluate `model` here or, on several GPUs, through the launcher."""
+    steps = args.gen_length // block_length * -(-block_length // tokens_per_step)
+    flags = {"model": model, "output": output, "dataset": args.test, "gen_length": args.gen_length}
+    flags |= {"block_length": block_length, "steps": steps, "batch_size": args.batch_size}
+    flags |= {"limit": args.limit} if args.limit else {}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    if args.num_gpus > 1:
+        execute([*toy.launcher(args.num_gpus), evaluate.__file__, *words], args, log)
+    else:
+        evaluate.main(words)
+
+
+# ---------------------------------------------------------------------------- what came out
+
+
+def collect(args, cells):
+    """The lines of results.csv, from what the runs have left; those of decodings that are missing are left out."""
+    rows = []
+    for cell in cells:
+        for seed, folder in cell["runs"]:
+            trained = training_of(folder) if cell["method"] != "base" else {}
+            for block_length in cell["blocks"]:
+                for tokens_per_step in args.tokens_per_step:
+                    path = f"{decoding_folder(folder, block_length, tokens_per_step)}/summary.json"
+                    if not os.path.exists(path):
+                        continue
+                    with open(path) as file:
+                        summary = json.load(file)
+                    how = {"seed": seed, "block_length": block_length, "tokens_per_step": tokens_per_step}
+                    how |= {"gen_length": args.gen_length, **trained}
+                    rows.append({name: (cell | how | summary).get(name, "") for name in COLUMNS})
+    return rows
+
+
+def training_of(folder):
+    """Loss (mean of the last tenth of the steps), supervised tokens, steps and seconds (of the last start) of a run."""
+    logs = f"{folder}/ckpt_logs"
+    if not os.path.exists(f"{logs}/train_loss.csv"):
+        return {}
+    with open(f"{logs}/run_config.json") as file:
+        budget = json.load(file)["budget"]
+    with open(f"{logs}/train_loss.csv") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    last = losses[-max(1, len(losses) // 10) :]
+    seconds = os.path.getmtime(f"{logs}/train_loss.csv") - os.path.getmtime(f"{logs}/run_config.json")
+    figures = {"loss": round(sum(last) / len(last), 4), "supervised_tokens": budget["supervised tokens"]}
+    return figures | {"train_steps": budget["steps"], "seconds": round(seconds, 1)}
+
+
+def write_results(path, rows, studies):
+    """Write results.csv, keeping the lines that other studies have there."""
+    kept = []
+    if os.path.exists(path):
+        with open(path, newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row["study"] not in studies]
+    with open(f"{path}.partial", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*kept, *rows])
+    os.replace(f"{path}.partial", path)
+
+
+def print_table(rows):
+    """Mean accuracy over the seeds with its 95 % interval, a line a setting, a column a number of tokens per step."""
+    ways = sorted({row["tokens_per_step"] for row in rows})
+    names = ["study", "method", "setting", "decoding block", *(f"{way} a step" for way in ways), "supervised tokens"]
+    lines = {}
+    for row in rows:
+        key = (row["study"], row["method"], row["setting"], row["block_length"])
+        lines.setdefault(key, []).append(row)
+    table = [names]
+    for key, group in lines.items():
+        by_way = [[100 * row["accuracy"] for row in group if row["tokens_per_step"] == way] for way in ways]
+        tokens = f"{group[0]['supervised_tokens']:,}" if group[0]["supervised_tokens"] else ""
+        table.append([*map(str, key), *map(show, by_way), tokens])
+    widths = [max(len(line[i]) for line in table) for i in range(len(names))]
+    print("accuracy in %, mean over the seeds with its 95 % interval")
+    for line in table:
+        print(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def show(values):
+    if not values:
+        return ""
+    mean, half = plot.mean_interval(values)
+    return f"{mean:.1f}" + (f" +- {half:.1f}" if len(values) > 1 else "")
+
+
+def main():
+    args = parse_args(sys.argv[1:])
+    args.output = os.path.abspath(args.output)
+    try:
+        os.makedirs(args.output, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--output {args.output} cannot be written ({error.strerror}); give another folder")
+    logging.set_verbosity_error()
+    common, identity = prepare(args)
+    cells = make_cells(args, equal_token_steps(common["PT_FILE"], args))
+    runs = make_runs(args, cells, common, identity)
+    print(f"{len(runs)} runs, {args.jobs} at a time, in {args.output}")
+    failed = []
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(do, run, args): run for run in runs.values()}
+        for future in tqdm(as_completed(waiting), total=len(waiting), unit=" runs", desc="study"):
+            if future.exception():
+                failed.append(f"{waiting[future]['folder']}: {future.exception()}")
+    rows = collect(args, cells)
+    path = os.path.join(args.output, "results.csv")
+    write_results(path, rows, args.studies)
+    print_table(rows)
+    figures = plot.draw_studies(rows, args.output)
+    print(f"see {', '.join([path, *figures])}")
+    if failed:
+        sys.exit("\n".join([f"{len(failed)} runs failed; the same command tries them again", *failed]))
+
+
+if __name__ == "__main__":
+    main()
