@@ -265,7 +265,7 @@ def interval_95(right, count):
     """Wilson's 95 % interval of a share, `right` of `count`."""
     z, share = 1.959964, right / count
     middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return [(middle + sign * half) / (1 + z * z / count) for sign in (-1, 1)]
+    return [min(1.0, max(0.0, (middle + sign * half) / (1 + z * z / count))) for sign in (-1, 1)]
 
 
 def finish(folder, golds, begun):

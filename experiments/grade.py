@@ -19,8 +19,8 @@ SECONDS, GIGABYTES = 30, 4
 
 def final_answer(text):
     """The final answer in `text`: behind its last "The answer is", else "####", else in its last \\boxed{}; or None."""
-    for marker in (r"the answer is:?", "####"):
-        if found := re.findall(rf"{marker}[ \t]*(\S[^\n]*)", text, re.I):
+    for marker in ("the answer is(?::|(?!:))", "####"):
+        if found := re.findall(rf"^.*{marker}[ \t]*(\S.*)$", text, re.I | re.M):
             return found[-1].strip().removesuffix(".").strip()
     start, depth = text.rfind("\\boxed{"), 0
     for end in range(start, len(text)) if start >= 0 else ():

@@ -2,23 +2,21 @@
 
 import json
 import math
-import os
-import random
 import re
-import sys
+from pathlib import Path
 
+import chains
 import evaluate
 import grade
 import pytest
-import chains
 import torch
 from conftest import launch
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A register-machine model with random weights, and its problems."""
-    folder = tmp_path_factory.mktemp("chains")
+    """A model of chains with random weights, and its problems."""
+    folder = tmp_path_factory.mktemp("chains") / "base"
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"PRETRAIN_STEPS": 0, "PRETRAIN_ROWS": 200, "TRAIN_ROWS": 50, "TEST_ROWS": 14}.items():
             patch.setattr(chains, name, value)
@@ -132,7 +130,7 @@ def test_another_model_or_other_problems_are_refused(base, whole, tmp_path):
     state = evaluate.decode.load_model(str(tmp_path / "model"))
     state.model.transformer.ff_out.weight.data[3] += 0.5
     state.save_pretrained(tmp_path / "model")
-    with pytest.raises(SystemExit, match="model '"):
+    with pytest.raises(SystemExit, match=r"model '"):
         evaluate.main(other)
     rows = (base / "data" / "test.jsonl").read_text().splitlines()
     (tmp_path / "rows.jsonl").write_text("\n".join(rows[::-1]))
@@ -149,7 +147,7 @@ def test_another_model_or_other_problems_are_refused(base, whole, tmp_path):
         ('{"query": "", "answer": "1"}\n', "line 1 has no text `query`"),
         ('{"question": "a", "answer": "1"}\n', "line 1 has no text `query`"),
         ('{"query": "a"}\n', "line 1 has no text `query`"),
-        ('[1]\n', "line 1 has no text `query`"),
+        ("[1]\n", "line 1 has no text `query`"),
         ('{"query": "a", "response": "so it\\nis so"}\n', "problem 1 has no final answer"),
         (b"\xff\n", "cannot be read"),
     ],
@@ -172,11 +170,11 @@ def test_bad_flags(base, tmp_path, capsys):
         with pytest.raises(SystemExit):
             evaluate.main(words(base, tmp_path / "out", *more))
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="exceeds the model's"):
+    with pytest.raises(SystemExit, match=r"exceeds the model's"):
         evaluate.main(words(base, tmp_path / "out", "--gen_length", "400", "--steps", "100"))
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "generations.jsonl").write_text("{}\n")
-    with pytest.raises(SystemExit, match="has a generations.jsonl but no settings.json"):
+    with pytest.raises(SystemExit, match=r"has a generations\.jsonl but no settings\.json"):
         evaluate.main(words(base, tmp_path / "old"))
 
 
@@ -190,7 +188,7 @@ def test_a_model_that_ignores_the_mask_is_refused(base, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(evaluate.decode, "load_model", deaf)
-    with pytest.raises(SystemExit, match="ignores attention_mask.*--batch_size 1"):
+    with pytest.raises(SystemExit, match=r"ignores attention_mask.*--batch_size 1"):
         evaluate.main(words(base, tmp_path / "out"))
     assert evaluate.main(words(base, tmp_path / "out", "--batch_size", "1", "--limit", "2"))["count"] == 2
 
@@ -230,16 +228,53 @@ def test_verdicts():
     assert [grade.exact_match(*pair) for pair in pairs] == [exact for *_, exact in VERDICTS]
 
 
+HANG = """
+    if text == "hang":
+        return bool(10**10**10)
+    if text == "memory":
+        return bool(bytearray(1 << 36))
+    answer = final_answer(text)
+    found"""
+
+
 def test_a_comparison_that_hangs_or_eats_memory_is_ended(monkeypatch, tmp_path):
     """The others are graded; the process is ended from outside, in the middle of a computation in C."""
-    script = tmp_path / "grade.py"
-    source = open(grade.__file__).read().replace("SECONDS, GIGABYTES = 30, 4", "SECONDS, GIGABYTES = 2, 4")
-    hang = 'if text == "hang":\n        return bool(10 ** 10 ** 10)\n    if text == "memory":\n        return bool(bytearray(1 << 36))'
-    script.write_text(source.replace("    answer = final_answer(text)\n    found", f"    {hang}\n    answer = final_answer(text)\n    found"))
-    assert script.read_text() != source and "hang" in script.read_text()
-    monkeypatch.setattr(grade, "__file__", str(script))
+    source = Path(grade.__file__).read_text()
+    changed = source.replace("SECONDS, GIGABYTES = 30, 4", "SECONDS, GIGABYTES = 2, 4")
+    changed = changed.replace("\n    answer = final_answer(text)\n    found", HANG)
+    assert "hang" in changed and "= 2, 4" in changed
+    (tmp_path / "grade.py").write_text(changed)
+    monkeypatch.setattr(grade, "__file__", str(tmp_path / "grade.py"))
     pairs = [("7", "7"), ("hang", "7"), ("7", "7"), ("memory", "7"), ("8", "7")]
     assert list(grade.grade(pairs)) == [True, None, True, False, False]
+
+
+def test_accuracy_counts_right_answers(base, tmp_path, monkeypatch):
+    """A decoder that answers two of three problems right, one of them in another form."""
+    tokenizer = evaluate.pt.load_tokenizer(str(base / "model"))
+    rows = [json.loads(line) for line in (base / "data" / "test.jsonl").read_text().splitlines()]
+    right = {tuple(ids): row["response"][-1] for ids, row in zip(prompts_of(base), rows, strict=True)}
+    order = list(right)
+
+    def fixed(model, prompts, *, seeds, **_):
+        answers = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            assert order[seed] == tuple(prompt)
+            digit = int(right[tuple(prompt)])
+            text = (" The answer is: %d", " 3 plus %d", " The answer is: %d")[seed % 3] % (digit + (seed % 3 == 2))
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            answers.append(torch.tensor([*ids, tokenizer.get_vocab()["<|eot_id|>"], *[0] * 12])[:12])
+        return torch.stack(answers)
+
+    monkeypatch.setattr(evaluate.decode, "decode", fixed)
+    summary = evaluate.main(words(base, tmp_path / "out"))
+    wrong = [i for i in range(14) if i % 3 == 2]
+    assert [record["index"] for record in generations(tmp_path / "out") if not record["exact_match"]] == sorted(
+        wrong + [i for i in range(14) if i % 3 == 1]
+    )
+    assert summary["exact_match"] == 5 / 14
+    assert not any(record["correct"] for record in generations(tmp_path / "out") if record["index"] in wrong)
+    assert all(record["correct"] for record in generations(tmp_path / "out") if record["index"] % 3 == 0)
 
 
 def test_interval():
@@ -247,9 +282,5 @@ def test_interval():
     for right, count in ((0, 10), (3, 10), (700, 1000), (50, 50)):
         low, high = evaluate.interval_95(right, count)
         for p in (low, high):
-            assert abs(right / count - p) == pytest.approx(1.959964 * math.sqrt(max(0, p * (1 - p)) / count), abs=1e-9)
-        assert 0 <= low < high <= 1 + 1e-12
-
-
-def test_chains_are_executed_right():
-    """Answers against a second interpreter; train and test do not overlap."""
+            assert abs(right / count - p) == pytest.approx(1.959964 * math.sqrt(max(0, p * (1 - p)) / count), abs=1e-7)
+        assert 0 <= low < high <= 1
