@@ -6,6 +6,7 @@
     python experiments/bench.py --part save --shape 8b                    # the merged checkpoint alone
     python experiments/bench.py --part fit --shape 8b                     # largest micro-batches, by memory
     python experiments/bench.py --part pt --rows 100000                   # pt.py, by number of processes
+    python experiments/bench.py --part decode --batch 16                  # block decoding, one by one and as a batch
 
 Part `step` builds a LLaDA of the given shape with random weights (no download) and the trainer's adapter, and takes the
 same training steps in each form in turn, in one process: batch, forward, backward, update, and the loss on the host.
@@ -53,6 +54,8 @@ except ImportError:  # the trainers import it; nothing that is measured here nee
     deepspeed = None
     sys.modules["deepspeed"] = types.ModuleType("deepspeed")
 
+import decode
+
 import train_blockwise
 import train_fullseq
 
@@ -87,7 +90,7 @@ def parse_args(argv):
     )
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
-        "--part", choices=("step", "save", "fit", "pt"), default="step", help="what to measure (%(default)s)"
+        "--part", choices=("step", "save", "fit", "pt", "decode"), default="step", help="what to measure (%(default)s)"
     )
     parser.add_argument("--shape", choices=SHAPES, default="toy", help="of the model (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=gpu, help="where (here %(default)s)")
@@ -100,14 +103,17 @@ def parse_args(argv):
     parser.add_argument("--activation_checkpointing", action="store_true", help="in this suite's forms")
     parser.add_argument("--no_save", action="store_true", help="leave out the merged save")
     parser.add_argument("--rows", type=int, default=100000, help="of --part pt (%(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=126464, help="of --part decode (%(default)s)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the launcher
     parser.add_argument("--output", metavar="FILE", help="write all figures there, as JSON")
     args = parser.parse_args(argv)
     args.batch = BATCH[args.shape] if args.batch is None else args.batch
     args.forms = args.forms.split(",")
-    for name in ("batch", "length", "lora_rank", "repeats", "rows"):
-        if getattr(args, name) < 1 + (name == "length"):
-            parser.error(f"--{name} {getattr(args, name)}: must be at least {1 + (name == 'length')}")
+    for name, least in {"batch": 1, "length": 2, "lora_rank": 1, "repeats": 1, "rows": 1, "vocabulary": 8}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
+    if args.part == "decode" and args.length % 64:
+        parser.error(f"--length {args.length}: half of it is decoded, in blocks of 32; give a multiple of 64")
     if unknown := set(args.forms) - set(FORMS):
         parser.error(f"--forms {','.join(args.forms)}: {', '.join(unknown)} is none of {', '.join(FORMS)}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -551,6 +557,51 @@ def tree_bytes(pid):
     return total
 
 
+def measure_decode(args):
+    """Seconds an answer of decoding `args.batch` prompts one by one and as one batch, in turn, in float32 on a CPU.
+
+    Half of `args.length` is prompt, half is decoded in blocks of 32, two tokens a step. End tokens are suppressed.
+    """
+    ids = {"mask_id": 2, "eos_id": 0, "eot_id": 0}
+    shape = SHAPES[args.shape] | {"vocab_size": args.vocabulary, "mask_token_id": 2}
+    model = random_llada(args.device, shape).to(torch.bfloat16 if args.device == "cuda" else torch.float32).eval()
+    half = args.length // 2
+    prompts = torch.randint(3, args.vocabulary, (args.batch, half))
+    how = {"gen_length": half, "block_length": 32, "steps": half // 2, "logits_eos_inf": True, **ids}
+    forms = {"one by one": prompts[:, None], "one batch": [prompts]}
+    seconds, head = {form: [] for form in forms}, {form: [] for form in forms}
+    for turn in tqdm(range(TURNS + 1), desc="decode", unit=" turns"):
+        for form, batches in forms.items():
+            total, logits = time_decoding(model, batches, how, args.device)
+            if turn:  # the first warms up
+                seconds[form].append(total / args.batch)
+                head[form].append(logits / total)
+    rows = {form: {"seconds an answer": min(seconds[form]), "share of the head": min(head[form])} for form in forms}
+    ratio = rows["one by one"]["seconds an answer"] / rows["one batch"]["seconds an answer"]
+    return {"decode": rows, "batch_speedup": ratio}
+
+
+def time_decoding(model, batches, how, device):
+    """Decode `batches`; seconds of all of it, and of the head and what is done with its logits."""
+    marks = []
+
+    def mark(*_):
+        synchronize(device)
+        marks.append(time.perf_counter())
+
+    handles = [model.model.transformer.ln_f.register_forward_hook(mark)]
+    handles.append(model.model.transformer.wte.register_forward_pre_hook(mark))
+    start = time.perf_counter()
+    for batch in batches:
+        decode.decode(model, batch, **how)
+    mark()
+    for handle in handles:
+        handle.remove()
+    # marks come as: begin of a forward, its head, begin of the next forward, its head, ..., end
+    spent = sum(after - before for before, after in zip(marks[1::2], marks[2::2], strict=True))
+    return marks[-1] - start, spent
+
+
 # ---------------------------------------------------------------------------- the report
 
 
@@ -620,6 +671,9 @@ def report(args, result):
         print(f"of {result['matrix FLOP/s'] / 1e12:,.3g} TFLOP/s")
     elif args.part == "fit":
         print_table({"besides": {name: result[name] for name in ("weights bytes", "adapter and optimizer bytes")}})
+    elif args.part == "decode":
+        print_table(result["decode"])
+        print(f"batch_speedup {show(result['batch_speedup'])}")
     if args.part in ("fit", "pt"):
         print_table(result["fit"] if args.part == "fit" else result["processes"])
     if args.output:
@@ -657,6 +711,8 @@ def main():
     elif args.part == "save":
         trainer.LORA_RANK = args.lora_rank
         result = {"save": measure_save(trainer, adapted(trainer, args.device, SHAPES[args.shape])[0])}
+    elif args.part == "decode":
+        result = measure_decode(args)
     else:
         result = measure_fit(args, trainer) if args.part == "fit" else measure_pt(args)
     if result is not None:

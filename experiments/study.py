@@ -46,11 +46,11 @@ STUDIES = ("equal-compute", "equal-tokens", "block-size", "prefix", "suffix", "p
 TRAINERS = {"blockwise": train_blockwise, "fullseq": train_fullseq}
 COLUMNS = (
     "study method setting seed block_length tokens_per_step gen_length accuracy exact_match count "
-    "loss supervised_tokens train_steps seconds"
+    "loss supervised_tokens train_steps seconds decoding_seconds"
 ).split()
 # What the toy's flags are where they are not given; a real model has the paper's
 PAPER = {"steps": 200, "block_size": 32, "block_sizes": [8, 32, 128], "gen_length": 256, "tokens_per_step": [2]}
-TOY = {"steps": 400, "block_size": 10, "block_sizes": [5, 10, 20], "gen_length": 60, "tokens_per_step": [1, 2, 3]}
+TOY = {"steps": 400, "block_size": 16, "block_sizes": [8, 16, 32], "gen_length": 64, "tokens_per_step": [2, 4, 8]}
 TOY_CONSTANTS = {"MICRO_BSIZE": 16, "LR": 1e-3, "LORA_RANK": 16, "MAX_LEN": 112, "MAX_SAMPLES": 8000}
 
 
@@ -65,10 +65,10 @@ def parse_args(argv):
     parser.add_argument("--data", help="what to train on: pt.py's --dataset (the toy's)")
     parser.add_argument("--test", help="what to evaluate on: evaluate.py's --dataset (the toy's)")
     parser.add_argument("--steps", type=int, help="optimizer steps (toy 400, else 200)")
-    parser.add_argument("--block_size", type=int, help="training block, tokens (toy 10, else 32)")
-    parser.add_argument("--block_sizes", type=int, nargs="+", help="those of block-size (toy 5 10 20, else 8 32 128)")
-    parser.add_argument("--gen_length", type=int, help="of an answer (toy 60, else 256)")
-    parser.add_argument("--tokens_per_step", type=int, nargs="+", help="committed per forward (toy 1 2 3, else 2)")
+    parser.add_argument("--block_size", type=int, help="training block, tokens (toy 16, else 32)")
+    parser.add_argument("--block_sizes", type=int, nargs="+", help="those of block-size (toy 8 16 32, else 8 32 128)")
+    parser.add_argument("--gen_length", type=int, help="of an answer (toy 64, else 256)")
+    parser.add_argument("--tokens_per_step", type=int, nargs="+", help="committed per forward (toy 2 4 8, else 2)")
     parser.add_argument("--limit", type=int, help="test problems (all)")
     parser.add_argument("--batch_size", type=int, default=100, help="answers decoded at a time (%(default)s)")
     parser.add_argument("--constants", nargs="+", default=[], metavar="NAME=VALUE", help="of all training runs")
@@ -189,14 +189,22 @@ def make_runs(args, cells, common, identity):
         cell["runs"] = []
         for seed in range(1, args.seeds + 1) if cell["method"] != "base" else ["base"]:
             own = cell["constants"] | {"SEED": seed} if seed != "base" else {}
-            told = {name: value for name, value in common.items() if name not in ("MODEL_NAME", "PT_FILE")} | own
-            key = evaluate.digest(identity, json.dumps(sorted(told.items())), str(args.num_gpus))[:8]
+            key = evaluate.digest(identity, str(args.num_gpus), all_constants(cell["method"], common | own))[:8]
             folder = os.path.join(args.output, f"{cell['method']}-seed{seed}-{key}")
             run = runs.setdefault(folder, {"folder": folder, "method": cell["method"], "blocks": set()})
             run["constants"] = common | own
             run["blocks"] |= set(cell["blocks"])
             cell["runs"].append((seed, folder))
     return runs
+
+
+def all_constants(method, given):
+    """All constants that decide a run's result, as text; those that are not `given` have the script's values."""
+    if method == "base":
+        return ""
+    constants = {name: getattr(TRAINERS[method], name) for name in TRAINERS[method].CONSTANTS} | given
+    places = ("MODEL_NAME", "PT_FILE", "CKPT_DIR")
+    return json.dumps(sorted((name, str(value)) for name, value in constants.items() if name not in places))
 
 
 def decoding_folder(folder, block_length, tokens_per_step):
@@ -281,8 +289,8 @@ def collect(args, cells):
                     with open(path) as file:
                         summary = json.load(file)
                     how = {"seed": seed, "block_length": block_length, "tokens_per_step": tokens_per_step}
-                    how |= {"gen_length": args.gen_length, **trained}
-                    rows.append({name: (cell | how | summary).get(name, "") for name in COLUMNS})
+                    how |= {"gen_length": args.gen_length, "decoding_seconds": round(summary.pop("seconds"), 1)}
+                    rows.append({name: (cell | how | summary | trained).get(name, "") for name in COLUMNS})
     return rows
 
 

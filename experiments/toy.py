@@ -1,6 +1,6 @@
 """The whole suite on a toy, end to end, on a laptop: no GPU, no download, a few minutes.
 
-    python experiments/toy.py                # build, preprocess, train with both methods, load back, compare
+    python experiments/toy.py                # build, preprocess, train with both methods, decode, compare
     python experiments/toy.py --build DIR    # only DIR/model and DIR/data/{train,test}.jsonl
 
 The toy is a small LLaDA (same module names, special tokens, chat template and remote-code loading) that was
@@ -33,6 +33,8 @@ EXPERIMENTS = os.path.dirname(os.path.abspath(__file__))
 SUITE = os.path.dirname(EXPERIMENTS)
 sys.path.insert(0, SUITE)
 
+import evaluate
+
 import train_blockwise
 from pt import PROMPT
 
@@ -44,6 +46,8 @@ SHAPE = {"d_model": 96, "n_layers": 3, "n_heads": 4, "mlp_hidden_size": 256, "ma
 PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LEN, PRETRAIN_LR = 800, 8, 192, 2e-3
 # The toy's training runs: the suite's constants but for these
 RUN = {"MICRO_BSIZE": 4, "TOTAL_TRAIN_STEPS": 80, "LR": 2e-3, "LORA_RANK": 32}
+# How the test problems are decoded: the longest answer has 128 tokens
+DECODING = {"limit": 48, "gen_length": 128, "block_length": 32, "steps": 64}
 
 # ---------------------------------------------------------------------------- word problems
 
@@ -372,6 +376,7 @@ def train(script, folder, ranks):
         "loss, first 5 steps": f"{sum(losses[:5]) / 5:.2f}",
         "last 5 steps": f"{sum(losses[-5:]) / 5:.2f}",
         "held-out block loss": f"{held_out_loss(checkpoint, folder):.2f}",
+        "accuracy": accuracy(os.path.basename(checkpoint), folder),
         "supervised tokens": f"{budget['supervised tokens']:,}",
         "checkpoint": f"{size / 1e6:.0f} MB",
         "time": f"{seconds:.0f} s",
@@ -394,6 +399,14 @@ def held_out_loss(checkpoint, folder, batch_rows=8):
     return total / len(draws)
 
 
+def accuracy(model, folder):
+    """Decode test problems with `model`, a checkpoint in `folder`, as DECODING says; the share of right answers."""
+    words = [word for name, value in DECODING.items() for word in (f"--{name}", str(value))]
+    words += ["--model", os.path.join(folder, model), "--dataset", os.path.join(folder, "data", "test.jsonl")]
+    summary = evaluate.main([*words, "--output", os.path.join(folder, f"{model}_answers")])
+    return f"{summary['accuracy']:.1%}"
+
+
 def unused(path):
     """`path`, or the first of path-v2, path-v3, ... that does not exist."""
     names = (path if number == 1 else f"{path}-v{number}" for number in range(1, 10**6))
@@ -401,7 +414,7 @@ def unused(path):
 
 
 def run(folder, ranks):
-    """Build, preprocess, train with both methods, load the checkpoints back; print the closing table."""
+    """Build, preprocess, train with both methods, decode with base and checkpoints; print the closing table."""
     start = time.time()
     build(folder)
     print(f"built {folder}/model and {folder}/data in {time.time() - start:.0f} s")
@@ -410,6 +423,7 @@ def run(folder, ranks):
         launch([*pt, "--dataset", f"data/{split}.jsonl", "--output", f"{split}.pt"], folder)
     rows = [train(script, folder, ranks) for script in ("blockwise", "fullseq")]
     base = {"model": "base", "held-out block loss": f"{held_out_loss(os.path.join(folder, 'model'), folder):.2f}"}
+    base["accuracy"] = accuracy("model", folder)
     print("\n" + " | ".join(rows[0]))
     for row in (base, *rows):
         print(" | ".join(str(row.get(name, "")).rjust(len(name)) for name in rows[0]))

@@ -47,6 +47,7 @@ def test_the_whole_run(tmp_path, monkeypatch, capsys, toy_folder):
     """What `python experiments/toy.py` does, with less of everything: two launches on two ranks each."""
     monkeypatch.setattr(toy, "PRETRAIN_STEPS", 2)
     monkeypatch.setattr(toy, "RUN", {"MICRO_BSIZE": 2, "TOTAL_TRAIN_STEPS": 6, "LORA_RANK": 4})
+    monkeypatch.setattr(toy, "DECODING", {"limit": 3, "gen_length": 8, "block_length": 4, "steps": 4})
     toy.run(str(tmp_path), ranks=2)
     table = [
         [cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines() if " | " in line
@@ -54,5 +55,11 @@ def test_the_whole_run(tmp_path, monkeypatch, capsys, toy_folder):
     assert table[0][:2] == ["model", "steps"] and [row[0] for row in table[1:]] == ["base", "blockwise", "fullseq"]
     for row in table[2:]:
         assert row[1] == "6" and all(row) and float(row[2]) > 0
-    made = ["blockwise_logs", "blockwise_step0006", "data", "fullseq_logs", "fullseq_step0006"]
-    assert sorted(os.listdir(tmp_path)) == [*made, "model", "test.pt", "train.pt"]
+    made = [
+        f"{method}_{what}" for method in ("blockwise", "fullseq") for what in ("logs", "step0006", "step0006_answers")
+    ]
+    assert sorted(os.listdir(tmp_path)) == sorted([*made, "data", "model", "model_answers", "test.pt", "train.pt"])
+    column = table[0].index("accuracy")
+    for row, folder in zip(table[1:], ("model", "blockwise_step0006", "fullseq_step0006"), strict=True):
+        summary = json.loads((tmp_path / f"{folder}_answers" / "summary.json").read_text())
+        assert summary["count"] == 3 and row[column] == f"{summary['accuracy']:.1%}"
