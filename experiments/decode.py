@@ -282,6 +282,8 @@ def main():
     prompts = encode_prompts(tokenizer, [args.prompt])
     model = load_model(args.model, args.model_revision, args.device, getattr(torch, args.dtype))
     ids = special_ids(model, tokenizer)
+    if ids["mask_id"] in prompts[0]:
+        parser.error("--prompt spells the mask token; leave it out")
     forwards = how["steps"] if args.threshold is None else how["gen_length"]
     bar = tqdm(total=forwards, unit=" forwards", desc="decode", disable=args.show)
 

@@ -200,6 +200,8 @@ def make_batches(prompts, batch_size):
 
 def check_model(args, model, special, prompts, gen_length):
     """Ends with a message if the model cannot take the prompts, or a batch of prompts of different lengths."""
+    if masked := [number for number, prompt in enumerate(prompts, start=1) if special["mask_id"] in prompt]:
+        sys.exit(f"--dataset {args.dataset}: problem {masked[0]} spells the mask token; leave it out")
     room = getattr(model.config, "max_sequence_length", None) or math.inf
     if (longest := max(map(len, prompts))) + gen_length > room:
         sys.exit(f"--gen_length {gen_length}: with a prompt of {longest} tokens it exceeds the model's {room}")

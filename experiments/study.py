@@ -15,10 +15,12 @@ the same command; what several studies share is trained once.
 
 import argparse
 import csv
+import ctypes
 import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -163,18 +165,19 @@ def prepare(args):
     Returns:
         constants of all runs, and a digest of what else decides their results.
     """
+    select = []  # pt.py's own choice of rows
     if not args.model:
-        base = os.path.join(args.output, "base")
+        base, select = os.path.join(args.output, "base"), ["--max_samples", "0", "--filter_type", ""]
         if not os.path.exists(os.path.join(base, "model")):
             chains.build(base)
         args.model, args.data, args.test = (
             os.path.join(base, name) for name in ("model", "data/train.jsonl", "data/test.jsonl")
         )
     max_len = args.constants.get("MAX_LEN", train_blockwise.MAX_LEN)
-    words = ["--model", args.model, "--dataset", args.data, "--max_len", str(max_len), "--max_samples", "0"]
+    words = ["--model", args.model, "--dataset", args.data, "--max_len", str(max_len), *select]
     pt_file = os.path.join(args.output, f"train-{evaluate.digest(*words)[:8]}.pt")
     if not os.path.exists(pt_file):
-        command = [sys.executable, os.path.join(SUITE, "pt.py"), *words, "--filter_type", "", "--output", pt_file]
+        command = [sys.executable, os.path.join(SUITE, "pt.py"), *words, "--output", pt_file]
         toy.launch(command, os.getcwd())
     config = AutoConfig.from_pretrained(args.model, trust_remote_code=True)
     constants = {"MODEL_NAME": args.model, "PT_FILE": pt_file, "MASK_ID": getattr(config, "mask_token_id", 126336)}
@@ -212,6 +215,26 @@ def decoding_folder(folder, block_length, tokens_per_step):
 
 
 # ---------------------------------------------------------------------------- doing it
+
+
+def do_all(runs, args):
+    """Do the runs, `args.jobs` at a time; returns a message for each that failed."""
+    failed = []
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), initializer=end_with_parent) as pool:
+        waiting = {pool.submit(do, run, args): run for run in runs.values()}
+        try:
+            for future in tqdm(as_completed(waiting), total=len(waiting), unit=" runs", desc="study"):
+                if future.exception():
+                    failed.append(f"{waiting[future]['folder']}: {future.exception()}")
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            sys.exit("interrupted; the same command goes on")
+    return failed
+
+
+def end_with_parent():
+    """Have Linux end this process when the study is killed, which could not tell it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def do(run, args):
@@ -360,12 +383,7 @@ def main():
     cells = make_cells(args, equal_token_steps(common["PT_FILE"], args))
     runs = make_runs(args, cells, common, identity)
     print(f"{len(runs)} runs, {args.jobs} at a time, in {args.output}")
-    failed = []
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(do, run, args): run for run in runs.values()}
-        for future in tqdm(as_completed(waiting), total=len(waiting), unit=" runs", desc="study"):
-            if future.exception():
-                failed.append(f"{waiting[future]['folder']}: {future.exception()}")
+    failed = do_all(runs, args)
     rows = collect(args, cells)
     path = os.path.join(args.output, "results.csv")
     write_results(path, rows, args.studies)

@@ -232,3 +232,10 @@ def test_mistakes_end_in_one_message(words, message, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         decode.main()
     assert message in f"{ended.value.code} {capsys.readouterr().err}" and ended.value.code
+
+
+def test_a_prompt_that_spells_the_mask_is_refused(toy_folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["decode.py", "--model", str(toy_folder / "model"), "--prompt", "a <|mdm_mask|>"])
+    with pytest.raises(SystemExit):
+        decode.main()
+    assert "--prompt spells the mask token" in capsys.readouterr().err

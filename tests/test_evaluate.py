@@ -150,6 +150,10 @@ def test_another_model_or_other_problems_are_refused(base, whole, tmp_path):
         ("[1]\n", "line 1 has no text `query`"),
         ('{"query": "a", "response": "so it\\nis so"}\n', "problem 1 has no final answer"),
         (b"\xff\n", "cannot be read"),
+        (
+            '{"query": "a"  , "answer": "1"}\n{"query": "<|mdm_mask|>", "answer": "1"}\n',
+            "problem 2 spells the mask token",
+        ),
     ],
 )
 def test_bad_problems(base, tmp_path, content, message):

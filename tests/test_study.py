@@ -42,7 +42,7 @@ def timeless(path):
 
 
 def start(base, output):
-    command = [sys.executable, study.__file__, *words(base, output, "equal-tokens", "equal-compute")]
+    command = [sys.executable, study.__file__, *words(base, output, "equal-tokens")]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     return subprocess.Popen(command, env=user_environment(OMP_NUM_THREADS="1"), **how)
 
@@ -58,28 +58,18 @@ def test_a_study_that_is_killed_goes_on(base, tmp_path):
     killed.wait()
     two = start(base, tmp_path / "one")
     printed, _ = two.communicate(timeout=200)
-    assert two.returncode == 0 and "4 runs" in printed and "Traceback" not in printed, printed
+    assert two.returncode == 0 and "3 runs" in printed and "Traceback" not in printed, printed
     whole = start(base, tmp_path / "two")
     printed, _ = whole.communicate(timeout=200)
-    assert whole.returncode == 0, printed
+    assert whole.returncode == 0 and re.search(r"equal-tokens +\| fullseq +\|", printed), printed
     rows = timeless(tmp_path / "two" / "results.csv")
-    assert timeless(tmp_path / "one" / "results.csv") == rows and len(rows) == 6
-    by_name = {(row["study"], row["method"]): row for row in rows}
-    tokens = lambda *name: int(by_name[name]["supervised_tokens"])
-    assert tokens("equal-compute", "blockwise") == tokens("equal-tokens", "blockwise")
-    assert tokens("equal-compute", "fullseq") > 3 * tokens("equal-compute", "blockwise")
-    assert (
-        by_name["equal-compute", "fullseq"]["train_steps"]
-        == by_name["equal-compute", "blockwise"]["train_steps"]
-        == "4"
-    )
-    assert int(by_name["equal-tokens", "fullseq"]["train_steps"]) == 1
+    assert timeless(tmp_path / "one" / "results.csv") == rows
+    assert [(row["method"], row["train_steps"]) for row in rows] == [("base", ""), ("blockwise", "4"), ("fullseq", "1")]
     for path in (tmp_path / "two").glob("*/block*/summary.json"):
         other = tmp_path / "one" / path.relative_to(tmp_path / "two")
         one, two = (json.loads(p.read_text()) for p in (path, other))
         assert one["settings"] == two["settings"] and one["accuracy"] == two["accuracy"]
-    assert all((tmp_path / "two" / f"{name}.png").stat().st_size > 5000 for name in ("equal-compute", "equal-tokens"))
-    assert re.search(r"equal-tokens \| fullseq +\|", printed)
+    assert (tmp_path / "two" / "equal-tokens.png").read_bytes()[1:4] == b"PNG"
 
 
 def read(path):
