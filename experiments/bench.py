@@ -106,7 +106,11 @@ def parse_args(argv):
     parser.add_argument("--vocabulary", type=int, default=126464, help="of --part decode (%(default)s)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the launcher
     parser.add_argument("--output", metavar="FILE", help="write all figures there, as JSON")
-    args = parser.parse_args(argv)
+    return check_args(parser, parser.parse_args(argv))
+
+
+def check_args(parser, args):
+    """`args` with what follows from them; ends with a message if something cannot be."""
     args.batch = BATCH[args.shape] if args.batch is None else args.batch
     args.forms = args.forms.split(",")
     for name, least in {"batch": 1, "length": 2, "lora_rank": 1, "repeats": 1, "rows": 1, "vocabulary": 8}.items():

@@ -51,19 +51,26 @@ def grade(pairs):
     """Yields for each (text, gold) True or False, or None where the comparison was ended for time or memory."""
     pairs = list(pairs)
     while pairs:
-        how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        with subprocess.Popen([sys.executable, __file__], **how) as process:
+        for verdict in grade_in_a_process(list(pairs)):
+            pairs.pop(0)
+            yield verdict
+        if pairs:  # the first of these was the end of the process
+            pairs.pop(0)
+            yield None
+
+
+def grade_in_a_process(pairs):
+    """Yields verdicts until all are given or the process has ended."""
+    how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "bufsize": 0}
+    with subprocess.Popen([sys.executable, __file__], **how) as process:
+        for pair in pairs:
             try:
-                while pairs:
-                    process.stdin.write(json.dumps(pairs[0]) + "\n")
-                    process.stdin.flush()
-                    verdict = json.loads(process.stdout.readline())[0]
-                    pairs.pop(0)
-                    yield verdict
-            except (BrokenPipeError, json.JSONDecodeError):  # this pair was its end
+                process.stdin.write(json.dumps(pair).encode() + b"\n")
+                verdict = json.loads(process.stdout.readline())[0]
+            except (BrokenPipeError, json.JSONDecodeError):
                 process.kill()
-                pairs.pop(0)
-                yield None
+                return
+            yield verdict
 
 
 def main():

@@ -26,6 +26,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from glob import escape, glob
+from itertools import product
 from multiprocessing import get_context
 
 import torch
@@ -80,7 +81,11 @@ def parse_args(argv):
     parser.add_argument(
         "--remove_checkpoints", action="store_true", help="of runs that are evaluated; 16 GB each at 8B"
     )
-    args = parser.parse_args(argv)
+    return check_args(parser, parser.parse_args(argv))
+
+
+def check_args(parser, args):
+    """`args` with what is not given; ends with a message if something cannot be."""
     if unknown := [study for study in args.studies if study not in STUDIES]:
         parser.error(f"{unknown[0]}: no study; give some of {', '.join(STUDIES)}")
     for name in ("seeds", "steps", "block_size", "gen_length", "limit", "batch_size", "num_gpus", "jobs"):
@@ -219,17 +224,14 @@ def decoding_folder(folder, block_length, tokens_per_step):
 
 def do_all(runs, args):
     """Do the runs, `args.jobs` at a time; returns a message for each that failed."""
-    failed = []
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), initializer=end_with_parent) as pool:
         waiting = {pool.submit(do, run, args): run for run in runs.values()}
         try:
-            for future in tqdm(as_completed(waiting), total=len(waiting), unit=" runs", desc="study"):
-                if future.exception():
-                    failed.append(f"{waiting[future]['folder']}: {future.exception()}")
+            done = tqdm(as_completed(waiting), total=len(waiting), unit=" runs", desc="study")
+            return [f"{waiting[run]['folder']}: {run.exception()}" for run in done if run.exception()]
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             sys.exit("interrupted; the same command goes on")
-    return failed
 
 
 def end_with_parent():
@@ -302,18 +304,16 @@ def collect(args, cells):
     """The lines of results.csv, from what the runs have left; those of decodings that are missing are left out."""
     rows = []
     for cell in cells:
-        for seed, folder in cell["runs"]:
-            trained = training_of(folder) if cell["method"] != "base" else {}
-            for block_length in cell["blocks"]:
-                for tokens_per_step in args.tokens_per_step:
-                    path = f"{decoding_folder(folder, block_length, tokens_per_step)}/summary.json"
-                    if not os.path.exists(path):
-                        continue
-                    with open(path) as file:
-                        summary = json.load(file)
-                    how = {"seed": seed, "block_length": block_length, "tokens_per_step": tokens_per_step}
-                    how |= {"gen_length": args.gen_length, "decoding_seconds": round(summary.pop("seconds"), 1)}
-                    rows.append({name: (cell | how | summary | trained).get(name, "") for name in COLUMNS})
+        for (seed, folder), block_length, way in product(cell["runs"], cell["blocks"], args.tokens_per_step):
+            how = {"seed": seed, "block_length": block_length, "tokens_per_step": way, "gen_length": args.gen_length}
+            with (
+                suppress(FileNotFoundError),
+                open(f"{decoding_folder(folder, block_length, way)}/summary.json") as file,
+            ):
+                summary = json.load(file)
+                summary["decoding_seconds"] = round(summary.pop("seconds"), 1)
+                known = cell | how | summary | training_of(folder)
+                rows.append({name: known.get(name, "") for name in COLUMNS})
     return rows
 
 

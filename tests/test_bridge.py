@@ -4,6 +4,8 @@ Decoding meets a clean prefix, a partly masked active block, and [MASK] behind i
 canvases of MAX_LEN, with MASK_PADDING, up to the answer's end, and for answers of whole blocks.
 """
 
+import itertools
+
 import decode
 import pytest
 import torch
@@ -47,17 +49,17 @@ def methods(blockwise, fullseq):
 )
 def test_every_canvas_is_one_that_blockwise_corruption_makes(methods, options):
     blockwise, model = methods[0], small_model(27)
-    for prompt in prompts_of(torch.Generator().manual_seed(27), 1, 5, 9):
+    ends = (GEN_LENGTH, 2 * BLOCK)  # an answer as long as the canvas, and one of whole blocks that is shorter
+    for prompt, end in itertools.product(prompts_of(torch.Generator().manual_seed(27), 1, 5, 9), ends):
         canvases, answer = met(model, prompt, logits_eos_inf=True, **options)
         assert MASK not in answer and len(canvases) >= 3
-        for end in (len(answer), 2 * BLOCK):  # an answer as long as the canvas, and one of whole blocks that is shorter
-            sample = torch.cat([prompt, answer[:end], torch.full((GEN_LENGTH - end,), EOS)])
-            for canvas in canvases:
-                masked = canvas == MASK
-                block = int(masked[len(prompt) :].nonzero()[0]) // BLOCK
-                if block * BLOCK < end:
-                    made = corrupted(blockwise, sample, len(prompt), len(prompt) + end, block, masked)
-                    assert made.equal(canvas)
+        sample = torch.cat([prompt, answer[:end], torch.full((GEN_LENGTH - end,), EOS)])
+        active = [int((canvas[len(prompt) :] == MASK).nonzero()[0]) // BLOCK for canvas in canvases]
+        up_to_end = [(canvas, block) for canvas, block in zip(canvases, active, strict=True) if block * BLOCK < end]
+        assert len({block for _, block in up_to_end}) == end // BLOCK
+        for canvas, block in up_to_end:
+            made = corrupted(blockwise, sample, len(prompt), len(prompt) + end, block, canvas == MASK)
+            assert made.equal(canvas)
 
 
 def test_a_partial_last_block_is_met_otherwise(methods):

@@ -1,12 +1,13 @@
 """What the README names exists, and the other way round."""
 
+import importlib
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
-import bench
 import pytest
 from conftest import SUITE, TRAINERS
 
@@ -24,6 +25,10 @@ def test_files_and_commands_exist():
         "train_fullseq.py",
         "experiments/toy.py",
         "experiments/bench.py",
+        "experiments/decode.py",
+        "experiments/evaluate.py",
+        "experiments/study.py",
+        "experiments/plot.py",
         "requirements.txt",
     } <= named
     assert all((SUITE / name).exists() for name in named), [name for name in named if not (SUITE / name).exists()]
@@ -50,12 +55,14 @@ def test_pt_flags_in_commands_exist(capsys):
         assert set(re.findall(r"--[a-z_]+", line)) <= known, line
 
 
-def test_bench_flags_exist(capsys):
+@pytest.mark.parametrize("script, least", [("bench", 6), ("decode", 1), ("evaluate", 2), ("study", 2), ("chains", 0)])
+def test_flags_of_the_experiments_exist(script, least, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit):
-        bench.parse_args(["--help"])
+        importlib.import_module(script).main()
     known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
-    lines = re.findall(r"bench\.py([^`\n]*)", README)
-    assert len(lines) > 5 and all(set(re.findall(r"--[a-z_]+", line)) <= known for line in lines)
+    lines = re.findall(rf"{script}\.py([^`\n]*)", README)
+    assert len(lines) >= least and all(set(re.findall(r"--[a-z_]+", line)) <= known for line in lines)
 
 
 def test_the_slurm_script_starts_a_launcher_a_node_and_requeues(tmp_path):
