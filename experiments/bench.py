@@ -54,7 +54,6 @@ except ImportError:  # the trainers import it; nothing that is measured here nee
     deepspeed = None
     sys.modules["deepspeed"] = types.ModuleType("deepspeed")
 
-import decode
 
 import train_blockwise
 import train_fullseq
@@ -562,7 +561,7 @@ def tree_bytes(pid):
 
 
 def measure_decode(args):
-    """Seconds an answer of decoding `args.batch` prompts one by one and as one batch, in turn, in float32 on a CPU.
+    """Seconds an answer of decoding `args.batch` prompts one by one and as one batch, in turn; float32, on GPUs bf16.
 
     Half of `args.length` is prompt, half is decoded in blocks of 32, two tokens a step. End tokens are suppressed.
     """
@@ -587,6 +586,7 @@ def measure_decode(args):
 
 def time_decoding(model, batches, how, device):
     """Decode `batches`; seconds of all of it, and of the head and what is done with its logits."""
+
     marks = []
 
     def mark(*_):

@@ -27,6 +27,7 @@ REMASKING = ("low_confidence", "random")
 PIECE = 32  # rows of logits that are scored at once: they stay in a CPU's caches
 
 
+@torch.no_grad()
 def decode(
     model,
     prompts,
@@ -78,11 +79,7 @@ def decode(
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
     canvas = make_canvas(prompts, gen_length, mask_id, eos_id).to(device)  # (B, L)
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds or range(len(prompts))]
-    banned, late, ends = (
-        ([eos_id] if logits_eos_inf else []),
-        confidence_eos_eot_inf * [eos_id, eot_id],
-        [eos_id, eot_id],
-    )
+    ends = torch.tensor([eos_id, eot_id], device=device)
     ended = torch.zeros(len(prompts), 1, dtype=torch.bool, device=device)
     blocks = gen_length // block_length
     schedule = spread(block_length, steps // blocks) if threshold is None else [None] * block_length
@@ -97,11 +94,15 @@ def decode(
             if watch:
                 watch(rows.tolist(), view)
             logits = masked_logits(model, view, starts[rows] + gen_length, active[rows], masked[rows])  # (M, V)
-            logits[:, banned] = -math.inf
-            tokens, confidence = choose(logits, temperature, remasking, draws(generators, masked))  # (M,) each
-            confidence -= 1e6 * torch.isin(tokens, torch.tensor(late, device=device))  # behind all others, in order
+            if logits_eos_inf:
+                logits[:, eos_id] = -math.inf
+            counts = masked.sum(1).tolist()  # of B, sum M
+            tokens, confidence = choose(logits, counts, generators, temperature, remasking)  # (M,) each
+            del logits  # before the next forward needs the memory
+            if confidence_eos_eot_inf:
+                confidence -= 1e6 * torch.isin(tokens, ends)  # behind all others, in their own order
             commit(canvas, active, masked, tokens, most_confident(masked, confidence, count, threshold))
-        ended |= torch.isin(canvas.gather(1, active), torch.tensor(ends, device=device)).any(1, keepdim=True)
+        ended |= torch.isin(canvas.gather(1, active), ends).any(1, keepdim=True)
     return canvas.gather(1, starts[:, None] + torch.arange(gen_length, device=device)).cpu()
 
 
@@ -144,35 +145,37 @@ def masked_logits(model, canvas, lengths, active, masked):
     """
     row, pos = masked.nonzero()[:, 0], active[masked]  # (M,) each
     real = torch.arange(canvas.shape[1], device=canvas.device) < lengths[:, None]  # (R, L)
-    with model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][row, pos],)):
+    head = model.get_output_embeddings()
+    with head.register_forward_pre_hook(lambda _, x: (x[0][row, pos],) if x[0].is_floating_point() else None):
         logits = model(input_ids=canvas, attention_mask=None if real.all() else real.long()).logits
     return (logits[row, pos] if logits.dim() == 3 else logits).float()  # a head tied to the embedding bypasses the hook
 
 
-def draws(generators, masked):
-    """A function of a width that draws (M, width) uniform float64 numbers, for each prompt from its own generator."""
-    counts = masked.sum(1).tolist()
-    how = {"dtype": torch.float64, "device": masked.device}
-    return lambda width: torch.cat(
-        [torch.rand(n, width, generator=generator, **how) for n, generator in zip(counts, generators, strict=True)]
-    )
-
-
-def choose(logits, temperature, remasking, uniform):
+def choose(logits, counts, generators, temperature, remasking):
     """The token of each position and the confidence in it, (M,) each, from logits (M, V), which are used up.
 
+    The first counts[0] rows are of the first prompt, and so on; each has its own generator of random numbers.
     Confidence is the log odds log(p / (1 - p)) of the token's probability p, which orders as p does and does not
     round to the same number wherever the model is nearly sure. Random remasking gives random confidences.
     """
-    tokens = logits.argmax(-1, keepdim=True)
-    if temperature > 0:  # Gumbel noise: the argmax of exp(logits) / (-log u)^temperature
-        noise = -torch.log(-torch.log(uniform(logits.shape[1])))
-        tokens = (logits.double() + temperature * noise).argmax(-1, keepdim=True)
+    own = list(zip(logits.split(counts), generators, strict=True))
+    tokens = torch.cat([sample(part, temperature, generator) for part, generator in own])[:, None]
     if remasking == "random":
-        return tokens[:, 0], uniform(1)[:, 0]
+        return tokens[:, 0], torch.cat([uniform((len(part),), generator) for part, generator in own])
     chosen = logits.gather(1, tokens)
     others = torch.cat([piece.logsumexp(1) for piece in logits.scatter_(1, tokens, -math.inf).split(PIECE)])
     return tokens[:, 0], (chosen[:, 0] - others).double()
+
+
+def sample(logits, temperature, generator):
+    """Tokens (N,) from logits (N, V): with Gumbel noise, the argmax of exp(logits) / (-log u)^temperature."""
+    if temperature > 0:
+        logits = logits.double() - temperature * torch.log(-torch.log(uniform(logits.shape, generator)))
+    return logits.argmax(-1)
+
+
+def uniform(shape, generator):
+    return torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
 
 
 def most_confident(masked, confidence, count, threshold):
@@ -212,11 +215,29 @@ def load_model(name, revision="main", device="cpu", dtype=torch.float32):
     return model.eval()
 
 
-def special_ids(model, tokenizer):
-    """`mask_id`, `eos_id` and `eot_id` of a model: of its configuration, its tokenizer, and LLaDA's `<|eot_id|>`."""
-    eot_id = tokenizer.get_vocab().get("<|eot_id|>", tokenizer.eos_token_id)
-    mask_id = getattr(model.config, "mask_token_id", None) or 126336
-    return {"mask_id": mask_id, "eos_id": tokenizer.eos_token_id, "eot_id": eot_id}
+def special_ids(name, config, tokenizer, vocabulary):
+    """`mask_id`, `eos_id` and `eot_id` of a model: of its configuration, its tokenizer, and LLaDA's `<|eot_id|>`.
+
+    Raises:
+        SystemExit: if they are unknown or beyond the `vocabulary`.
+    """
+    eos_id, mask_id = tokenizer.eos_token_id, getattr(config, "mask_token_id", None)
+    ids = {"mask_id": 126336 if mask_id is None else mask_id, "eos_id": eos_id}
+    ids["eot_id"] = tokenizer.get_vocab().get("<|eot_id|>", eos_id)
+    if eos_id is None or max(ids.values()) >= vocabulary:
+        sys.exit(f"--model {name}: its {vocabulary} ids do not have {ids}; give a masked diffusion model")
+    return ids
+
+
+def check_prompts(model, prompts, gen_length, mask_id, config):
+    """Ends with a message if a prompt spells the mask token or leaves too little room for `gen_length` tokens."""
+    if spelled := [number for number, prompt in enumerate(prompts, start=1) if mask_id in prompt]:
+        sys.exit(f"prompt {spelled[0]} spells the mask token of --model {model}; leave it out")
+    room = getattr(config, "max_sequence_length", None) or math.inf
+    if (longest := max(map(len, prompts))) + gen_length > room:
+        sys.exit(
+            f"--gen_length {gen_length}: with a prompt of {longest} tokens it exceeds the {room} of --model {model}"
+        )
 
 
 def encode_prompts(tokenizer, queries):
@@ -246,6 +267,7 @@ def add_flags(parser):
     parser.add_argument("--threshold", type=float, help="commit all tokens above this probability; then no --steps")
     parser.add_argument("--logits_eos_inf", action="store_true", help="never predict the end-of-text token")
     parser.add_argument("--confidence_eos_eot_inf", action="store_true", help="commit end tokens last in their block")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and random remasking (%(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if cuda else "float32")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="(%(default)s)")
 
@@ -257,12 +279,14 @@ def settings(parser, args):
     """The keyword arguments of `decode` from the flags of `add_flags`; ends with a message if they do not fit."""
     how = {name: getattr(args, name) for name in SETTINGS}
     how["block_length"] = how["block_length"] or how["gen_length"]
+    if not 0 <= args.seed < 2**31:
+        parser.error(f"--seed {args.seed}: must be 0 to {2**31 - 1}")
     try:
         check_settings(**{name: how[name] for name in SETTINGS[:6]})
         torch.zeros(1, device=args.device)
     except ValueError as error:
         parser.error(str(error))
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} cannot be used ({pt.first_line(error)})")
     return how
 
@@ -272,7 +296,6 @@ def main():
     add_flags(parser)
     parser.add_argument("--prompt", required=True, help="a question; pt.py's prompt is put around it")
     parser.add_argument("--show", action="store_true", help="print every canvas, [MASK] as a square")
-    parser.add_argument("--seed", type=int, default=0, help="of noise and random remasking (%(default)s)")
     args = parser.parse_args()
     how = settings(parser, args)
     if not args.prompt.strip():
@@ -281,9 +304,8 @@ def main():
     tokenizer = pt.load_tokenizer(args.model, args.model_revision)
     prompts = encode_prompts(tokenizer, [args.prompt])
     model = load_model(args.model, args.model_revision, args.device, getattr(torch, args.dtype))
-    ids = special_ids(model, tokenizer)
-    if ids["mask_id"] in prompts[0]:
-        parser.error("--prompt spells the mask token; leave it out")
+    ids = special_ids(args.model, model.config, tokenizer, model.get_input_embeddings().num_embeddings)
+    check_prompts(args.model, prompts, how["gen_length"], ids["mask_id"], model.config)
     forwards = how["steps"] if args.threshold is None else how["gen_length"]
     bar = tqdm(total=forwards, unit=" forwards", desc="decode", disable=args.show)
 
@@ -293,7 +315,12 @@ def main():
             spelled = ["\u25a1" if i == ids["mask_id"] else tokenizer.decode([i]) for i in canvas[0, len(prompts[0]) :]]
             print(f"--- forward {bar.n}\n{''.join(spelled)}")
 
-    answer = decode(model, prompts, **how, **ids, seeds=[args.seed], watch=watch)[0]
+    try:
+        answer = decode(model, prompts, **how, **ids, seeds=[args.seed], watch=watch)[0]
+    except torch.OutOfMemoryError:
+        sys.exit(f"--gen_length {how['gen_length']}: out of memory; give a lower one")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     bar.close()
     length = answer_length(answer, ids["eos_id"], ids["eot_id"])
     print(tokenizer.decode(answer[:length], skip_special_tokens=True).strip())

@@ -22,9 +22,10 @@ from glob import escape, glob
 from importlib.metadata import version
 
 import torch
+from accelerate import init_empty_weights
 from datasets import load_dataset
 from tqdm import tqdm
-from transformers import logging
+from transformers import AutoConfig, AutoModelForCausalLM, logging
 
 sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
@@ -49,7 +50,6 @@ def parse_args(argv):
     parser.add_argument("--output", required=True, metavar="DIR", help="for generations.jsonl and summary.json")
     parser.add_argument("--limit", type=int, help="the first problems only (all)")
     parser.add_argument("--batch_size", type=int, default=16, help="answers at a time, per process (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of noise and random remasking (%(default)s)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's
     args = parser.parse_args(argv)
     if args.device == "cuda":  # of several, the launcher's
@@ -124,6 +124,21 @@ def file_digest(path):
     return total.hexdigest()
 
 
+def load_config(name, revision):
+    """The configuration of a model and its number of ids, without its weights.
+
+    Raises:
+        SystemExit: if they cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
+        with init_empty_weights():
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=True, code_revision=revision)
+        return config, skeleton.get_input_embeddings().num_embeddings
+    except Exception as error:  # the hub, the folder and remote code fail in many ways
+        sys.exit(f"--model {name} cannot be loaded ({pt.first_line(error)}); give a hub id or a model folder")
+
+
 def model_identity(name, config):
     """What tells a model from any other: the contents of its folder, or its commit on the hub."""
     if not os.path.isdir(name):
@@ -133,21 +148,26 @@ def model_identity(name, config):
     return digest(*(f"{os.path.basename(path)} {file_digest(path)}" for path in files))
 
 
-def describe(args, how, model, special, prompts, golds):
-    """All that can change an answer or its verdict, without paths and times."""
+def describe(args, how, config, special, prompts, golds):
+    """All that can change an answer or its verdict, as JSON has it, without paths and times; and versions beside it."""
     settings = dict(how) | special | {name: getattr(args, name) for name in ("seed", "batch_size", "dtype")}
     settings |= {"device": args.device.partition(":")[0], "count": len(prompts), "prompt": pt.PROMPT}
     problems = (f"{ids} {gold}" for ids, gold in zip(prompts, golds, strict=True))
-    return settings | {"problems_sha256": digest(*problems), "model": model_identity(args.model, model.config)}
+    settings |= {"problems_sha256": digest(*problems), "model": model_identity(args.model, config)}
+    begun = {"settings": settings, "versions": {library: version(library) for library in LIBRARIES}}
+    return json.loads(json.dumps(begun))
 
 
 @contextmanager
-def locked(folder):
-    """Alone among all processes that write to `folder`; a file cut off by a kill is mended first."""
+def locked(folder, mend=True):
+    """Alone among all processes that write to `folder`; yields the path of generations.jsonl.
+
+    If a kill has cut that off in the middle of a line, the line is removed first.
+    """
     with open(os.path.join(folder, "lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         path = os.path.join(folder, "generations.jsonl")
-        if os.path.exists(path):
+        if mend and os.path.exists(path):
             with open(path, "rb+") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
         yield path
@@ -161,20 +181,24 @@ def write_json(path, content):
 
 
 def claim(folder, begun):
-    """Begin the evaluation `begun` in `folder`, or go on with it.
+    """Begin the evaluation `begun` in `folder`, or go on with it; one that has no answer yet is begun anew.
 
     Raises:
-        SystemExit: if there is another one.
+        SystemExit: if there is another one, or something else.
     """
     path = os.path.join(folder, "settings.json")
-    with locked(folder) as generations:
-        if not os.path.exists(path):
-            if os.path.exists(generations):
-                sys.exit(f"--output {folder} has a generations.jsonl but no settings.json; give another folder")
+    with locked(folder, mend=False) as generations:
+        for other in (generations, os.path.join(folder, "summary.json")):
+            if os.path.exists(other) and not os.path.exists(path):
+                sys.exit(f"--output {folder} has a {os.path.basename(other)} but no settings.json; give another folder")
+        if not os.path.exists(generations):
             write_json(path, begun)
-        with open(path) as file:
-            known = json.load(file)
-    flat = [content["settings"] | content["versions"] for content in (known, json.loads(json.dumps(begun)))]
+        try:
+            with open(path) as file:
+                known = json.load(file)
+            flat = [content["settings"] | content["versions"] for content in (known, begun)]
+        except (ValueError, KeyError, TypeError):
+            sys.exit(f"{path} is damaged, or not of an evaluation; give another folder")
     differ = [name for name in flat[0] | flat[1] if flat[0].get(name) != flat[1].get(name)]
     if differ:
         changes = ", ".join(f"{name} {flat[0].get(name)!r}, now {flat[1].get(name)!r}" for name in differ)
@@ -185,8 +209,11 @@ def read_generations(path):
     """{number of the problem: what was generated for it} so far."""
     if not os.path.exists(path):
         return {}
-    with open(path, encoding="utf-8") as file:
-        return {record["index"]: record for record in map(json.loads, file)}
+    try:
+        with open(path, encoding="utf-8") as file:
+            return {record["index"]: record for record in map(json.loads, file)}
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"{path} is damaged; remove the line that is no JSON, or give another folder")
 
 
 # ---------------------------------------------------------------------------- generation
@@ -198,24 +225,19 @@ def make_batches(prompts, batch_size):
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
-def check_model(args, model, special, prompts, gen_length):
-    """Ends with a message if the model cannot take the prompts, or a batch of prompts of different lengths."""
-    if masked := [number for number, prompt in enumerate(prompts, start=1) if special["mask_id"] in prompt]:
-        sys.exit(f"--dataset {args.dataset}: problem {masked[0]} spells the mask token; leave it out")
-    room = getattr(model.config, "max_sequence_length", None) or math.inf
-    if (longest := max(map(len, prompts))) + gen_length > room:
-        sys.exit(f"--gen_length {gen_length}: with a prompt of {longest} tokens it exceeds the model's {room}")
+@torch.no_grad()
+def check_padding(args, model, prompts):
+    """Ends with a message if the model ignores attention_mask, which a batch of prompts of other lengths needs."""
     if args.batch_size == 1 or len(set(map(len, prompts))) == 1:
         return
-    ids = torch.tensor([prompts[0]], device=args.device)
-    padded = torch.nn.functional.pad(ids, (0, 8), value=special["eos_id"])
-    with torch.no_grad():
-        alone = model(input_ids=ids, attention_mask=None).logits.float()
-        other = model(
-            input_ids=padded, attention_mask=(torch.arange(padded.shape[1]) < ids.shape[1])[None].long().to(ids)
-        )
-        other = other.logits[:, : ids.shape[1]].float()
-    if (alone - other).abs().max() > 0.05 * alone.abs().max():
+    ids = torch.tensor([prompts[0]] * 2, device=args.device)
+    padded = torch.nn.functional.pad(ids, (0, 8))
+    padded[:, -8:] = ids[:, :1]
+    padded[1, -8:] = ids[1, -1]
+    mask = torch.ones_like(padded)
+    mask[:, -8:] = 0
+    one, other = model(input_ids=padded, attention_mask=mask).logits[:, : ids.shape[1]].float()
+    if (one - other).abs().max() > 1e-3 * one.abs().max():
         sys.exit(f"--model {args.model} ignores attention_mask, so that padding would change answers; --batch_size 1")
 
 
@@ -277,7 +299,7 @@ def finish(folder, golds, begun):
         records = read_generations(path)
         if len(records) < len(golds):
             return None
-        if not os.path.exists(summary):
+        if not os.path.exists(summary) or any("correct" not in record for record in records.values()):
             graded = grade_all([records[number] for number in range(len(golds))], golds)
             with open(f"{path}.partial", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in graded)
@@ -316,26 +338,32 @@ def main(argv=None):
     queries, golds = [query for query, _ in problems], [gold for _, gold in problems]
     try:
         os.makedirs(args.output, exist_ok=True)
+        grade.check()
         tokenizer = pt.load_tokenizer(args.model, args.model_revision)
         prompts = decode.encode_prompts(tokenizer, queries)
-        model = decode.load_model(args.model, args.model_revision, args.device, getattr(torch, args.dtype))
-        special = decode.special_ids(model, tokenizer)
-        check_model(args, model, special, prompts, how["gen_length"])
-        begun = {"settings": describe(args, how, model, special, prompts, golds)}
-        begun["versions"] = {library: version(library) for library in LIBRARIES}
+        with locked(args.output, mend=False):  # the model's code is copied to a cache, by one process at a time
+            config, vocabulary = load_config(args.model, args.model_revision)
+        special = decode.special_ids(args.model, config, tokenizer, vocabulary)
+        decode.check_prompts(args.model, prompts, how["gen_length"], special["mask_id"], config)
+        begun = describe(args, how, config, special, prompts, golds)
         claim(args.output, begun)
+        model = decode.load_model(args.model, args.model_revision, args.device, getattr(torch, args.dtype))
+        check_padding(args, model, prompts)
         generate(args, how, model, tokenizer, special, prompts, queries)
         summary = finish(args.output, golds, begun)
     except torch.OutOfMemoryError:
-        sys.exit(f"out of memory at --batch_size {args.batch_size}; give a lower one, and another --output")
+        sys.exit(f"out of memory at --batch_size {args.batch_size}; give a lower one")
     except OSError as error:
         sys.exit(f"--output {args.output} cannot be written ({error}); the same command goes on when it can")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on")
-    if summary:
+    if summary is None:
+        print(f"{args.output}: this process has done its part; others have not, or are still to be started")
+    else:
         low, high = summary["interval_95"]
         print(f"{args.output}: accuracy {summary['accuracy']:.1%}, 95 % interval {low:.1%} to {high:.1%}")
-        print("exact match {exact_match:.1%}, {count} answers, {tokens_per_second:.0f} tokens/s".format(**summary))
+        print("exact match {exact_match:.1%}, {count} answers, {ungraded} ungraded".format(**summary))
+        print("{tokens:,} tokens, {forwards:,} forwards, {tokens_per_second:.0f} tokens/s each".format(**summary))
     return summary
 
 

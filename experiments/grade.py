@@ -13,20 +13,29 @@ import resource
 import signal
 import subprocess
 import sys
+from functools import lru_cache
 
 SECONDS, GIGABYTES = 30, 4
+MARKS = re.compile(r"the answer is(?::|(?!:))[ \t]*(?=\S)|####[ \t]*(?=\S)|\\boxed\{", re.I)
 
 
 def final_answer(text):
-    """The final answer in `text`: behind its last "The answer is", else "####", else in its last \\boxed{}; or None."""
-    for marker in ("the answer is(?::|(?!:))", "####"):
-        if found := re.findall(rf"^.*{marker}[ \t]*(\S.*)$", text, re.I | re.M):
-            return found[-1].strip().removesuffix(".").strip()
-    start, depth = text.rfind("\\boxed{"), 0
-    for end in range(start, len(text)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if text[end] == "}" and depth == 0:
-            return text[start + len("\\boxed{") : end].strip()
+    """What the last "The answer is", "####" or \\boxed{} in `text` says, up to a full stop; None without any."""
+    for mark in reversed(list(MARKS.finditer(text))):
+        rest = text[mark.end() :]
+        answer = up_to_brace(rest) if mark[0] == "\\boxed{" else re.split(r"\.?(?:\n|$)|\.\s", rest)[0]
+        if answer is not None:
+            return answer.strip()
+    return None
+
+
+def up_to_brace(text):
+    """`text` up to the brace that closes one opened before it; None if there is none."""
+    depth = 1
+    for end, letter in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if depth == 0:
+            return text[:end]
     return None
 
 
@@ -39,7 +48,7 @@ def exact_match(text, gold):
 
 def equal(text, gold):
     """Whether math-verify finds the final answer of `text`, or else its last expression, equal to `gold`."""
-    from math_verify import parse, verify  # imported here: evaluate.py only starts the process
+    from math_verify import parse, verify  # here: only the process that compares needs it
 
     formula = lambda answer: parse(answer if "$" in answer else f"${answer}$", parsing_timeout=None)
     answer = final_answer(text)
@@ -48,7 +57,10 @@ def equal(text, gold):
 
 
 def grade(pairs):
-    """Yields for each (text, gold) True or False, or None where the comparison was ended for time or memory."""
+    """Yields for each (text, gold) True or False, or None where the comparison was the end of its process.
+
+    It is that by taking too long. What runs out of memory is wrong, as is all that math-verify cannot read.
+    """
     pairs = list(pairs)
     while pairs:
         for verdict in grade_in_a_process(list(pairs)):
@@ -73,7 +85,16 @@ def grade_in_a_process(pairs):
             yield verdict
 
 
+@lru_cache
+def check():
+    """Raises SystemExit if math-verify does not work here."""
+    if list(grade([("1", "1"), ("1", "2")])) != [True, False]:
+        sys.exit(f'math-verify does not work here; try `echo \'["1", "1"]\' | {sys.executable} {__file__}`')
+
+
 def main():
+    import math_verify  # noqa: F401 (may take long, or fail, before the first comparison)
+
     resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
     for line in sys.stdin:
         signal.alarm(SECONDS)  # nothing handles it: it ends the process

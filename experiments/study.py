@@ -31,7 +31,7 @@ from multiprocessing import get_context
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, logging
+from transformers import logging
 
 EXPERIMENTS = os.path.dirname(os.path.abspath(__file__))
 SUITE = os.path.dirname(EXPERIMENTS)
@@ -49,11 +49,12 @@ STUDIES = ("equal-compute", "equal-tokens", "block-size", "prefix", "suffix", "p
 TRAINERS = {"blockwise": train_blockwise, "fullseq": train_fullseq}
 COLUMNS = (
     "study method setting seed block_length tokens_per_step gen_length accuracy exact_match count "
-    "loss supervised_tokens train_steps seconds decoding_seconds"
+    "loss supervised_tokens train_steps seconds decoding_seconds model"
 ).split()
-# What the toy's flags are where they are not given; a real model has the paper's
+# What is not given: the paper's, or the toy's
 PAPER = {"steps": 200, "block_size": 32, "block_sizes": [8, 32, 128], "gen_length": 256, "tokens_per_step": [2]}
 TOY = {"steps": 400, "block_size": 16, "block_sizes": [8, 16, 32], "gen_length": 64, "tokens_per_step": [2, 4, 8]}
+PAPER_CONSTANTS = {"MAX_SAMPLES": 20000}  # of both methods: as many rows as pt.py keeps
 TOY_CONSTANTS = {"MICRO_BSIZE": 16, "LR": 1e-3, "LORA_RANK": 16, "MAX_LEN": 112, "MAX_SAMPLES": 8000}
 
 
@@ -100,8 +101,11 @@ def check_args(parser, args):
         parser.error(f"--gen_length {args.gen_length} is not divisible by the block of {wrong[0]} tokens")
     if wrong := [number for number in args.tokens_per_step if number < 1]:
         parser.error(f"--tokens_per_step {wrong[0]}: must be at least 1")
-    args.studies = args.studies or list(STUDIES)
-    args.constants = ({} if args.model else TOY_CONSTANTS) | read_constants(parser, args.constants)
+    args.studies = args.studies or STUDIES
+    for name in ("studies", "block_sizes", "tokens_per_step"):  # each once
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    constants = PAPER_CONSTANTS if args.model else TOY_CONSTANTS
+    args.constants = constants | read_constants(parser, args.constants)
     return args
 
 
@@ -120,28 +124,33 @@ def read_constants(parser, words):
 # ---------------------------------------------------------------------------- what there is to do
 
 
-def make_cells(args, equal_steps):
+def make_cells(args, lengths):
     """The settings of all studies: dicts of study, method, setting, constants and the blocks to decode with.
 
-    `equal_steps` is the number of full-sequence steps with as many supervised tokens as `args.steps` blockwise ones.
+    `lengths` are those of the answers to train on. Within a study all runs but equal-tokens' take the same steps.
     """
 
     def cell(study, method, setting="", blocks=(args.block_size,), **changed):
+        largest = max(args.block_sizes) if study == "block-size" else args.block_size
+        steps = {"TOTAL_TRAIN_STEPS": min(args.steps, available_steps(args, lengths, largest))}
         block = {"BLOCK_SIZE": args.block_size} if method == "blockwise" else {}
-        constants = {"TOTAL_TRAIN_STEPS": args.steps} | block | changed
-        return {"study": study, "method": method, "setting": setting, "blocks": blocks, "constants": constants}
+        return {
+            "study": study,
+            "method": method,
+            "setting": setting,
+            "blocks": blocks,
+            "constants": steps | block | changed,
+        }
 
     def vary(study, name, values, methods=("blockwise",), blocks=(args.block_size,)):
-        return [
-            cell(study, method, f"{name}={value}", blocks, **{name: value}) for method in methods for value in values
-        ]
+        pairs = [(method, value) for method in methods for value in values]
+        return [cell(study, method, f"{name}={value}", blocks, **{name: value}) for method, value in pairs]
 
+    blockwise = cell("equal-tokens", "blockwise")
+    fewer = equal_token_steps(blockwise["constants"]["TOTAL_TRAIN_STEPS"], lengths, args.block_size)
     made = {
         "equal-compute": [cell("equal-compute", method) for method in TRAINERS],
-        "equal-tokens": [
-            cell("equal-tokens", "blockwise"),
-            cell("equal-tokens", "fullseq", TOTAL_TRAIN_STEPS=equal_steps),
-        ],
+        "equal-tokens": [blockwise, cell("equal-tokens", "fullseq", TOTAL_TRAIN_STEPS=fewer)],
         "block-size": vary("block-size", "BLOCK_SIZE", args.block_sizes, blocks=args.block_sizes)
         + [cell("block-size", "fullseq", blocks=args.block_sizes)],
         "prefix": vary("prefix", "PREFIX_MASK_RATE", (0.0, 0.1, 0.2, 0.5)),
@@ -152,23 +161,27 @@ def make_cells(args, equal_steps):
     return base + [cell for study in args.studies for cell in made[study]]
 
 
-def equal_token_steps(pt_file, args):
-    """Full-sequence steps that supervise as many tokens as `args.steps` blockwise ones, in expectation.
+def available_steps(args, lengths, block_size):
+    """Steps until a blockwise run has drawn every block once: then it ends, and an equal one must too."""
+    rows = int(args.constants.get("MICRO_BSIZE", train_blockwise.MICRO_BSIZE)) * args.num_gpus
+    rows *= int(args.constants.get("GRAD_ACC", train_blockwise.GRAD_ACC))
+    return max(1, sum(-(-length // block_size) for length in lengths) // rows)
+
+
+def equal_token_steps(steps, lengths, block_size):
+    """Full-sequence steps that supervise as many tokens as `steps` blockwise ones, in expectation.
 
     Both mask with t ~ U(0, 1): a blockwise draw half a block, a full-sequence draw half an answer.
     """
-    max_len = int(args.constants.get("MAX_LEN", train_blockwise.MAX_LEN))
-    lengths = [min(len(row["full_ids"]), max_len) - row["prompt_len"] for row in torch.load(pt_file)]
-    lengths = [length for length in lengths if length > 0]
-    block = sum(length / -(-length // args.block_size) for length in lengths)  # the mean over an answer's blocks
-    return max(1, round(args.steps * block / sum(lengths)))
+    block = sum(length / -(-length // block_size) for length in lengths)  # the mean over an answer's blocks
+    return max(1, round(steps * block / sum(lengths)))
 
 
 def prepare(args):
     """Make what all runs need in `args.output`: the base, unless one is given, and the .pt file.
 
     Returns:
-        constants of all runs, and a digest of what else decides their results.
+        constants of all runs, a digest of what else decides their training, and the lengths of the answers.
     """
     select = []  # pt.py's own choice of rows
     if not args.model:
@@ -178,16 +191,22 @@ def prepare(args):
         args.model, args.data, args.test = (
             os.path.join(base, name) for name in ("model", "data/train.jsonl", "data/test.jsonl")
         )
+    problems = json.dumps([evaluate.load_problems(args.test, args.limit), args.batch_size])
+    config, _ = evaluate.load_config(args.model, "main")
+    model = evaluate.model_identity(args.model, config)
     max_len = args.constants.get("MAX_LEN", train_blockwise.MAX_LEN)
     words = ["--model", args.model, "--dataset", args.data, "--max_len", str(max_len), *select]
-    pt_file = os.path.join(args.output, f"train-{evaluate.digest(*words)[:8]}.pt")
+    content = evaluate.file_digest(args.data) if os.path.isfile(args.data) else ""
+    pt_file = os.path.join(args.output, f"train-{evaluate.digest(model, content, *words)[:8]}.pt")
     if not os.path.exists(pt_file):
-        command = [sys.executable, os.path.join(SUITE, "pt.py"), *words, "--output", pt_file]
-        toy.launch(command, os.getcwd())
-    config = AutoConfig.from_pretrained(args.model, trust_remote_code=True)
+        toy.launch([sys.executable, os.path.join(SUITE, "pt.py"), *words, "--output", pt_file], os.getcwd())
     constants = {"MODEL_NAME": args.model, "PT_FILE": pt_file, "MASK_ID": getattr(config, "mask_token_id", 126336)}
-    identity = evaluate.model_identity(args.model, config)
-    return constants | args.constants, evaluate.digest(identity, evaluate.file_digest(pt_file))
+    args.decoding = evaluate.digest(problems)[:8]
+    args.identity = f"{os.path.basename(args.model)}-{evaluate.digest(model)[:8]}"
+    rows = torch.load(pt_file)[: int(args.constants["MAX_SAMPLES"])]
+    lengths = [min(len(row["full_ids"]), int(max_len)) - row["prompt_len"] for row in rows]
+    identity = evaluate.digest(model, evaluate.file_digest(pt_file))
+    return constants | args.constants, identity, [length for length in lengths if length > 0]
 
 
 def make_runs(args, cells, common, identity):
@@ -215,8 +234,9 @@ def all_constants(method, given):
     return json.dumps(sorted((name, str(value)) for name, value in constants.items() if name not in places))
 
 
-def decoding_folder(folder, block_length, tokens_per_step):
-    return os.path.join(folder, f"block{block_length}-tokens{tokens_per_step}")
+def decoding_folder(folder, args, block_length, tokens_per_step):
+    """Where the evaluation of a run is: its name has what decides it."""
+    return f"{folder}/gen{args.gen_length}-block{block_length}-tokens{tokens_per_step}-{args.decoding}"
 
 
 # ---------------------------------------------------------------------------- doing it
@@ -224,38 +244,42 @@ def decoding_folder(folder, block_length, tokens_per_step):
 
 def do_all(runs, args):
     """Do the runs, `args.jobs` at a time; returns a message for each that failed."""
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), initializer=end_with_parent) as pool:
-        waiting = {pool.submit(do, run, args): run for run in runs.values()}
+    context = get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, context, initializer=begin_worker, initargs=(os.getpid(),)) as pool:
+        waiting = {pool.submit(do, run, args): run for run in runs}
         try:
             done = tqdm(as_completed(waiting), total=len(waiting), unit=" runs", desc="study")
             return [f"{waiting[run]['folder']}: {run.exception()}" for run in done if run.exception()]
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            sys.exit("interrupted; the same command goes on")
+            for process in pool._processes.values():
+                process.terminate()
+            raise
 
 
-def end_with_parent():
-    """Have Linux end this process when the study is killed, which could not tell it."""
+def begin_worker(parent):
+    """Have Linux end this process when the study is killed, which could not tell it; leave Ctrl-C to the study."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def do(run, args):
     """Train and evaluate one run, or what is left of it; its output goes to its log."""
     os.makedirs(run["folder"], exist_ok=True)
     torch.set_num_threads(max(1, os.cpu_count() // args.jobs))
-    missing = [
-        (block_length, tokens_per_step)
-        for block_length in sorted(run["blocks"])
-        for tokens_per_step in args.tokens_per_step
-        if not os.path.exists(f"{decoding_folder(run['folder'], block_length, tokens_per_step)}/summary.json")
-    ]
+    ways = product(sorted(run["blocks"]), args.tokens_per_step)
+    summary = lambda way: f"{decoding_folder(run['folder'], args, *way)}/summary.json"
+    missing = [way for way in ways if not os.path.exists(summary(way))]
     if not missing:
         return
     with open(f"{run['folder']}/log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             model = args.model if run["method"] == "base" else train(run, args, log)
             for way in missing:
-                measure(model, decoding_folder(run["folder"], *way), *way, args, log)
+                measure(model, decoding_folder(run["folder"], args, *way), *way, args, log)
+                if not os.path.exists(summary(way)):
+                    sys.exit(f"{summary(way)} was not written")
         except SystemExit as error:  # this process does other runs too
             raise RuntimeError(f"{error.code}; see {log.name}") from error
     if args.remove_checkpoints and run["method"] != "base":
@@ -263,36 +287,39 @@ def do(run, args):
 
 
 def execute(command, args, log):
-    """Run a script of the suite, its output in `log`. Raises SystemExit if it fails."""
+    """Run a script of the suite, its output in `log`; returns its exit status."""
     threads = str(max(1, os.cpu_count() // args.jobs))
     scripts = os.path.dirname(sys.executable)
     environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": threads}
-    status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
-    if status:
-        sys.exit(f"{os.path.basename(command[-1 if len(command) < 2 else 1])} ended with status {status}")
+    return subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
 
 
 def train(run, args, log):
-    """Train `run` to its end, whether it was begun before or not; returns its checkpoint."""
+    """Train `run` to its end, whether it was begun before or not; returns its checkpoint. Raises SystemExit."""
     prefix = f"{run['folder']}/ckpt"
-    with suppress(FileNotFoundError), open(f"{prefix}_state/lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # its trainer may have outlived a study that was killed
-    if os.path.exists(f"{prefix}_state") or not glob(f"{escape(prefix)}_step*"):
-        words = [word for name, value in run["constants"].items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in run["constants"].items() for word in (f"--{name}", str(value))]
+    for _ in range(2):  # a second time, if the trainer of a study that was killed is in the way of the first
+        with suppress(FileNotFoundError), open(f"{prefix}_state/lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(f"{prefix}_state") and glob(f"{escape(prefix)}_step*"):
+            return max(glob(f"{escape(prefix)}_step*"))
         start = toy.launcher(args.num_gpus) if args.num_gpus > 1 else [sys.executable]
         execute([*start, f"{SUITE}/train_{run['method']}.py", *words, "--CKPT_DIR", prefix], args, log)
+    if os.path.exists(f"{prefix}_state") or not glob(f"{escape(prefix)}_step*"):
+        sys.exit(f"train_{run['method']}.py failed")
     return max(glob(f"{escape(prefix)}_step*"))
 
 
 def measure(model, output, block_length, tokens_per_step, args, log):
-    """Evaluate `model` here or, on several GPUs, through the launcher."""
+    """Evaluate `model`: in this process, or, so that it leaves no memory of a GPU taken, in others."""
     steps = args.gen_length // block_length * -(-block_length // tokens_per_step)
     flags = {"model": model, "output": output, "dataset": args.test, "gen_length": args.gen_length}
     flags |= {"block_length": block_length, "steps": steps, "batch_size": args.batch_size}
     flags |= {"limit": args.limit} if args.limit else {}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    if args.num_gpus > 1:
-        execute([*toy.launcher(args.num_gpus), evaluate.__file__, *words], args, log)
+    if args.num_gpus > 1 or torch.cuda.is_available():
+        start = toy.launcher(args.num_gpus) if args.num_gpus > 1 else [sys.executable]
+        execute([*start, evaluate.__file__, *words], args, log)
     else:
         evaluate.main(words)
 
@@ -306,10 +333,9 @@ def collect(args, cells):
     for cell in cells:
         for (seed, folder), block_length, way in product(cell["runs"], cell["blocks"], args.tokens_per_step):
             how = {"seed": seed, "block_length": block_length, "tokens_per_step": way, "gen_length": args.gen_length}
-            with (
-                suppress(FileNotFoundError),
-                open(f"{decoding_folder(folder, block_length, way)}/summary.json") as file,
-            ):
+            how["model"] = args.identity
+            path = f"{decoding_folder(folder, args, block_length, way)}/summary.json"
+            with suppress(FileNotFoundError), open(path) as file:
                 summary = json.load(file)
                 summary["decoding_seconds"] = round(summary.pop("seconds"), 1)
                 known = cell | how | summary | training_of(folder)
@@ -332,12 +358,13 @@ def training_of(folder):
     return figures | {"train_steps": budget["steps"], "seconds": round(seconds, 1)}
 
 
-def write_results(path, rows, studies):
-    """Write results.csv, keeping the lines that other studies have there."""
+def write_results(path, rows, args):
+    """Write results.csv, keeping the lines that other studies of the same model have there."""
     kept = []
     if os.path.exists(path):
         with open(path, newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row["study"] not in studies]
+            others = [row for row in csv.DictReader(file) if row.get("model") == args.identity]
+        kept = [row for row in others if row["study"] not in args.studies]
     with open(f"{path}.partial", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -374,22 +401,26 @@ def show(values):
 def main():
     args = parse_args(sys.argv[1:])
     args.output = os.path.abspath(args.output)
+    if args.model and os.path.isdir(args.model):
+        args.model = os.path.abspath(args.model)
+    logging.set_verbosity_error()
     try:
         os.makedirs(args.output, exist_ok=True)
+        common, identity, lengths = prepare(args)
+        cells = make_cells(args, lengths)
+        runs = make_runs(args, cells, common, identity).values()
+        print(f"{len(runs)} runs, {args.jobs} at a time, in {args.output}")
+        base = [run for run in runs if run["method"] == "base"]
+        failed = do_all(base, args) or do_all([run for run in runs if run["method"] != "base"], args)
+        rows = collect(args, cells)
+        path = os.path.join(args.output, "results.csv")
+        write_results(path, rows, args)
+        print_table(rows)
+        print(f"see {', '.join([path, *plot.draw_studies(rows, args.output)])}")
     except OSError as error:
-        sys.exit(f"--output {args.output} cannot be written ({error.strerror}); give another folder")
-    logging.set_verbosity_error()
-    common, identity = prepare(args)
-    cells = make_cells(args, equal_token_steps(common["PT_FILE"], args))
-    runs = make_runs(args, cells, common, identity)
-    print(f"{len(runs)} runs, {args.jobs} at a time, in {args.output}")
-    failed = do_all(runs, args)
-    rows = collect(args, cells)
-    path = os.path.join(args.output, "results.csv")
-    write_results(path, rows, args.studies)
-    print_table(rows)
-    figures = plot.draw_studies(rows, args.output)
-    print(f"see {', '.join([path, *figures])}")
+        sys.exit(f"--output {args.output} cannot be written ({error}); the same command goes on when it can")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
     if failed:
         sys.exit("\n".join([f"{len(failed)} runs failed; the same command tries them again", *failed]))
 

@@ -342,7 +342,7 @@ def launch(arguments, folder):
         SystemExit: if it fails.
     """
     scripts = os.path.dirname(sys.executable)
-    environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"], "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"]}
     print(f"\n$ {' '.join(arguments)}", flush=True)
     start = time.time()
     status = subprocess.run(arguments, cwd=folder, env=environment).returncode
@@ -418,6 +418,7 @@ def run(folder, ranks):
     start = time.time()
     build(folder)
     print(f"built {folder}/model and {folder}/data in {time.time() - start:.0f} s")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is on the hub
     pt = [sys.executable, os.path.join(SUITE, "pt.py"), "--model", "model"]
     for split in ("train", "test"):
         launch([*pt, "--dataset", f"data/{split}.jsonl", "--output", f"{split}.pt"], folder)

@@ -126,24 +126,45 @@ def test_threshold():
     assert decode.decode(model, [prompt], **how, threshold=1 - 1e-12).equal(decode.decode(model, [prompt], **how))
 
 
+@torch.no_grad()
 def test_end_tokens_come_last_in_their_block():
+    """Where one is committed, nothing but end tokens is predicted for what is left of the block."""
     model, rng = small_model(8), torch.Generator().manual_seed(8)
     prompts, how = prompts_of(rng, *[5] * 30), {"gen_length": 6, "block_length": 6, "steps": 6, **IDS}
-    plain = decode.decode(model, prompts, **how)
-    assert (plain == EOS).any() and not (decode.decode(model, prompts, **how, logits_eos_inf=True) == EOS).any()
-    left = []
+    is_end = lambda ids: (ids == EOS) | (ids == EOT)
+    for late in (True, False):
+        canvases = []
+        watch = lambda _, canvas, to=canvases: to.append(canvas[:, 5:].clone())
+        answers = decode.decode(model, prompts, **how, confidence_eos_eot_inf=late, watch=watch)
+        assert is_end(answers).any()
+        ok = True
+        for before, after in itertools.pairwise([*canvases, answers]):
+            predicted = model(input_ids=torch.cat([torch.stack(prompts), before], 1)).logits[:, 5:].argmax(-1)
+            only_ends = (is_end(predicted) | (before != MASK)).all(1)
+            ok &= bool(only_ends[(is_end(after) & (before == MASK)).any(1)].all())
+        assert ok == late
+    assert not (decode.decode(model, prompts, **how, logits_eos_inf=True) == EOS).any()
 
-    def watch(_, canvas):
-        answer = canvas[:, 5:]
-        ended = ((answer == EOS) | (answer == EOT)).any(1)
-        left.append(int((answer == MASK).sum(1)[ended].max()) if ended.any() else 0)
 
-    late = decode.decode(model, prompts, **how, confidence_eos_eot_inf=True, watch=watch)
-    assert ((late == EOS) | (late == EOT)).any() and not late.equal(plain)
-    for canvas_left, step in zip(left, range(6), strict=True):
-        assert canvas_left <= 6 - step
-    decode.decode(model, prompts, **how, watch=watch)
-    assert max(left[6:]) >= max(left[:6])
+@torch.no_grad()
+def test_a_head_tied_to_the_embedding():
+    """The head is then applied by the model itself, to all positions; the tokens are the same."""
+    tied, prompts = small_model(9), prompts_of(torch.Generator().manual_seed(9), 3, 7)
+    how = {"gen_length": 8, "block_length": 4, "steps": 4, **IDS}
+    embedding = tied.get_input_embeddings()
+    tied.get_output_embeddings().weight.data = embedding.weight.data
+    expected = decode.decode(tied, prompts, **how)
+    inner = tied.model.transformer.pop("ff_out")
+    tied.model.transformer["ff_out"] = torch.nn.Identity()
+    forward = tied.forward
+
+    def with_tied_head(**inputs):
+        output = forward(**inputs)
+        output.logits = torch.nn.functional.linear(output.logits, inner.weight)
+        return output
+
+    tied.forward, tied.get_output_embeddings = with_tied_head, lambda: embedding
+    assert decode.decode(tied, prompts, **how).equal(expected)
 
 
 def test_temperature_samples_the_softmax():
@@ -162,16 +183,16 @@ def test_the_head_sees_the_masked_positions_alone():
     model, rows = small_model(4), []
     prompts = prompts_of(torch.Generator().manual_seed(4), 3, 9)
     head = model.get_output_embeddings()
-    with head.register_forward_hook(lambda _, inputs, out: rows.append(out.shape)):
+    with head.register_forward_hook(lambda _, inputs, out: rows.append((*out.shape, out.requires_grad))):
         decode.decode(model, prompts, gen_length=4, block_length=4, steps=4, logits_eos_inf=True, **IDS)
-    assert rows == [(2 * left, VOCABULARY) for left in (4, 3, 2, 1)]
+    assert rows == [(2 * left, VOCABULARY, False) for left in (4, 3, 2, 1)]
 
 
 def test_nearly_sure_positions_are_told_apart():
     """Probabilities that all round to 1 in float32 still have an order."""
     logits = torch.tensor([[0.0, 40.0, 1.0], [0.0, 60.0, 1.0], [50.0, 0.0, 1.0]])
     assert logits.softmax(-1).max(-1).values.tolist() == [1, 1, 1]
-    tokens, confidence = decode.choose(logits, 0, "low_confidence", None)
+    tokens, confidence = decode.choose(logits, [3], [None], 0, "low_confidence")
     assert tokens.tolist() == [1, 1, 0] and confidence.argsort().tolist() == [0, 2, 1]
 
 
@@ -234,8 +255,7 @@ def test_mistakes_end_in_one_message(words, message, capsys, monkeypatch):
     assert message in f"{ended.value.code} {capsys.readouterr().err}" and ended.value.code
 
 
-def test_a_prompt_that_spells_the_mask_is_refused(toy_folder, capsys, monkeypatch):
+def test_a_prompt_that_spells_the_mask_is_refused(toy_folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["decode.py", "--model", str(toy_folder / "model"), "--prompt", "a <|mdm_mask|>"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="prompt 1 spells the mask token"):
         decode.main()
-    assert "--prompt spells the mask token" in capsys.readouterr().err

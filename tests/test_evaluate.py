@@ -95,7 +95,7 @@ def test_a_finished_one_is_only_read(base, whole, monkeypatch):
 
 
 def test_two_processes_give_the_same(base, whole, tmp_path):
-    """Under the launcher, on two ranks, which share out the batches; killed once, as one answer is there."""
+    """Under the launcher, on two ranks, which share out the batches."""
     command = ["deepspeed", "--num_gpus", "2", "--master_port", "29617", evaluate.__file__]
     status, printed = launch([*command, *words(base, tmp_path / "results")], tmp_path)
     assert status == 0 and "accuracy" in printed, printed
@@ -152,7 +152,7 @@ def test_another_model_or_other_problems_are_refused(base, whole, tmp_path):
         (b"\xff\n", "cannot be read"),
         (
             '{"query": "a"  , "answer": "1"}\n{"query": "<|mdm_mask|>", "answer": "1"}\n',
-            "problem 2 spells the mask token",
+            "prompt 2 spells the mask token",
         ),
     ],
 )
@@ -162,7 +162,7 @@ def test_bad_problems(base, tmp_path, content, message):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit) as ended:
         evaluate.main(words(base, tmp_path / "out", "--dataset", str(path)))
-    assert message in str(ended.value.code) and str(path) in str(ended.value.code)
+    assert message in str(ended.value.code)
 
 
 def test_bad_flags(base, tmp_path, capsys):
@@ -174,12 +174,41 @@ def test_bad_flags(base, tmp_path, capsys):
         with pytest.raises(SystemExit):
             evaluate.main(words(base, tmp_path / "out", *more))
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"exceeds the model's"):
+    with pytest.raises(SystemExit, match=r"--gen_length 400: .* exceeds the 256 of"):
         evaluate.main(words(base, tmp_path / "out", "--gen_length", "400", "--steps", "100"))
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "generations.jsonl").write_text("{}\n")
-    with pytest.raises(SystemExit, match=r"has a generations\.jsonl but no settings\.json"):
-        evaluate.main(words(base, tmp_path / "old"))
+
+
+def test_folders_of_something_else_are_left_alone(base, tmp_path):
+    for name, text, message in (
+        ("generations.jsonl", "{}", r"has a generations\.jsonl but no settings\.json"),
+        ("summary.json", "{}", r"has a summary\.json but no settings\.json"),
+        ("settings.json", "[1]", r"settings\.json is damaged, or not of an evaluation"),
+        ("settings.json", "{", r"settings\.json is damaged, or not of an evaluation"),
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / name).write_text(text)
+        if name == "settings.json":
+            (folder / "generations.jsonl").write_text("")
+        with pytest.raises(SystemExit, match=message):
+            evaluate.main(words(base, folder))
+        assert (folder / name).read_text() == text
+
+
+def test_an_evaluation_whose_generations_are_removed_is_done_again(base, whole, tmp_path):
+    for name in ("settings.json", "summary.json"):
+        (tmp_path / name).write_text((whole[0] / name).read_text().replace('"accuracy": 0', '"accuracy": 9'))
+    assert timeless(evaluate.main(words(base, tmp_path))) == timeless(whole[1])
+
+
+def test_without_math_verify_nothing_is_generated(base, tmp_path, monkeypatch):
+    script = tmp_path / "grade.py"
+    script.write_text("raise SystemExit(1)")
+    monkeypatch.setattr(grade, "__file__", str(script))
+    grade.check.cache_clear()
+    with pytest.raises(SystemExit, match="math-verify does not work"):
+        evaluate.main(words(base, tmp_path / "out"))
+    grade.check.cache_clear()
 
 
 def test_a_model_that_ignores_the_mask_is_refused(base, tmp_path, monkeypatch):
@@ -206,6 +235,10 @@ def test_final_answers():
         "The answer is:\n7": None,
         "\\boxed{1": None,
         "it is 5": None,
+        "The answer is: $\\boxed{5}$.": "5",
+        "We look for what the answer is in units of x.\n\\boxed{3}": "3",
+        "The answer is: 5. So 7 are left": "5",
+        "The answer is: 2.50": "2.50",
         "": None,
     }.items():
         assert grade.final_answer(text) == answer, text

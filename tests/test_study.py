@@ -76,9 +76,12 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+LENGTHS = [48] * 8000
+
+
 def cells_of(*argv):
     args = study.parse_args([*argv])
-    return args, study.make_cells(args, equal_steps=77)
+    return args, study.make_cells(args, LENGTHS)
 
 
 def test_each_study_changes_what_it_says():
@@ -92,7 +95,7 @@ def test_each_study_changes_what_it_says():
     assert changed("PREFIX_MASK_RATE") == [0.0, 0.1, 0.2, 0.5] and changed("SUFFIX_MASK_PROB") == [1.0, 0.5, 0.0]
     assert changed("MASK_PADDING") == [False, True] * 2
     assert {cell["constants"]["TOTAL_TRAIN_STEPS"] for cell in by_study["equal-compute"]} == {args.steps}
-    assert [cell["constants"]["TOTAL_TRAIN_STEPS"] for cell in by_study["equal-tokens"][1:]] == [args.steps, 77]
+    assert [cell["constants"]["TOTAL_TRAIN_STEPS"] for cell in by_study["equal-tokens"][1:]] == [args.steps, 133]
     grid = {(cell["constants"].get("BLOCK_SIZE"), size) for cell in by_study["block-size"] for size in cell["blocks"]}
     assert grid == {(train, size) for train in [*args.block_sizes, None, args.block_size] for size in args.block_sizes}
 
@@ -107,12 +110,29 @@ def test_shared_runs_are_trained_once():
     assert not again.keys() & runs.keys()
 
 
-def test_equal_tokens(tmp_path):
+def test_equal_tokens():
     """Blockwise supervises half a block a draw in the mean, full-sequence half an answer."""
-    samples = [{"prompt_len": 4, "full_ids": torch.arange(4 + length)} for length in (64, 32, 0)]
-    torch.save(samples, tmp_path / "a.pt")
-    args = study.parse_args("--steps 300 --block_size 32 --gen_length 64 --block_sizes 32".split())
-    assert study.equal_token_steps(tmp_path / "a.pt", args) == 300 * (32 + 32) // (64 + 32)
+    assert study.equal_token_steps(300, [64, 32], 32) == 300 * (32 + 32) // (64 + 32)
+    assert study.equal_token_steps(300, [20], 32) == 300
+
+
+def test_equal_compute_ends_where_the_blocks_do():
+    """8,000 answers of 48 tokens have 24,000 blocks of 16, 16,000 of 32: 1,500 and 1,000 steps of 16 rows."""
+    _, cells = cells_of("--steps", "5000")
+    steps = {(cell["study"], cell["method"]): cell["constants"]["TOTAL_TRAIN_STEPS"] for cell in cells}
+    assert steps["equal-compute", "fullseq"] == steps["equal-compute", "blockwise"] == 1500
+    assert steps["block-size", "fullseq"] == steps["block-size", "blockwise"] == 1000
+    assert steps["equal-tokens", "fullseq"] == 500
+
+
+def test_what_decides_an_evaluation_is_in_its_name(base, tmp_path):
+    def name(*more):
+        args = study.parse_args([*words(base, tmp_path, "prefix"), *more])
+        study.prepare(args)
+        return study.decoding_folder("run", args, 8, 4)
+
+    assert len({name(), name("--limit", "3"), name("--batch_size", "7"), name("--gen_length", "32")}) == 4
+    assert name() == name()
 
 
 @pytest.mark.parametrize(
