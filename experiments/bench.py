@@ -15,8 +15,9 @@ same training steps in each form in turn, in one process: batch, forward, backwa
 - suite: the trainer's own make_batch and supervised_loss, as they are with COMPILE = False.
 - compiled: the same with COMPILE = True.
 
-It needs torch, transformers, peft, accelerate, numpy, safetensors and tqdm. With DeepSpeed the trainer's engine makes
-the updates; without it a stand-in does the same to the same number of bytes: AdamW on a float32 copy of the adapter.
+It needs torch, transformers, peft, accelerate, numpy, safetensors and tqdm, for the parts pt and decode `datasets` too.
+With DeepSpeed the trainer's engine makes the updates; without it a stand-in does the same to the same number of bytes:
+AdamW on a float32 copy of the adapter.
 """
 
 import argparse
@@ -586,6 +587,7 @@ def measure_decode(args):
 
 def time_decoding(model, batches, how, device):
     """Decode `batches`; seconds of all of it, and of the head and what is done with its logits."""
+    import decode  # which imports pt.py, and so `datasets`
 
     marks = []
 

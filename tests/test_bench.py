@@ -188,3 +188,13 @@ def test_bad_arguments(words, capsys):
         bench.parse_args(words.split())
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and words.split()[0] in message and words.split()[1].split(",")[-1] in message
+
+
+def test_decoding_one_by_one_and_as_a_batch():
+    words = "--part decode --device cpu --batch 3 --length 64 --vocabulary 64".split()
+    result = bench.measure_decode(bench.parse_args(words))
+    assert all(0 < row["share of the head"] < 1 for row in result["decode"].values())
+    one, batch = (result["decode"][form]["seconds an answer"] for form in ("one by one", "one batch"))
+    assert result["batch_speedup"] == one / batch
+    with pytest.raises(SystemExit):
+        bench.parse_args([*words, "--length", "100"])
