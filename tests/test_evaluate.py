@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import chains
@@ -10,7 +14,7 @@ import evaluate
 import grade
 import pytest
 import torch
-from conftest import launch
+from conftest import launch, user_environment
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +98,21 @@ def test_a_finished_one_is_only_read(base, whole, monkeypatch):
     assert (whole[0] / "generations.jsonl").read_bytes() == before
 
 
-def test_two_processes_give_the_same(base, whole, tmp_path):
-    """Under the launcher, on two ranks, which share out the batches."""
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", "29617", evaluate.__file__]
-    status, printed = launch([*command, *words(base, tmp_path / "results")], tmp_path)
+def test_two_processes_killed_and_started_again_give_the_same(base, whole, tmp_path):
+    """Under the launcher, on two ranks that share out the batches; all killed as the first answers are there."""
+    results = tmp_path / "results"
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", "29617", evaluate.__file__, *words(base, results)]
+    killed = subprocess.Popen(command, cwd=tmp_path, env=user_environment(), start_new_session=True)
+    while not (results / "generations.jsonl").exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (results / "summary.json").exists()
+    status, printed = launch(command, tmp_path)
     assert status == 0 and "accuracy" in printed, printed
-    assert generations(tmp_path / "results") == generations(whole[0])
-    summary = json.loads((tmp_path / "results" / "summary.json").read_text())
-    assert timeless(summary) == timeless(whole[1])
+    assert generations(results) == generations(whole[0])
+    assert timeless(json.loads((results / "summary.json").read_text())) == timeless(whole[1])
 
 
 @pytest.mark.parametrize(
