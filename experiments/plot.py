@@ -11,6 +11,7 @@ import csv
 import math
 import os
 import sys
+from itertools import product
 
 import matplotlib
 from tqdm import tqdm
@@ -92,21 +93,24 @@ def draw_losses(paths, output, smooth):
 
 
 def draw_studies(rows, folder):
-    """A PNG for each study in `rows` (of results.csv): accuracy, mean and 95 % interval over the seeds.
+    """A PNG for each study in `rows` (of results.csv), a panel for each way of decoding: accuracy by setting.
 
-    Settings stand side by side, the ways of decoding have colours of their own; the base is a dashed line.
+    Points are means with 95 % intervals over the seeds, with every seed beside them; a dashed line is the base.
     """
     paths = []
     for study in dict.fromkeys(row["study"] for row in rows):
         own = [row for row in rows if row["study"] == study]
         labels = list(dict.fromkeys(label(row) for row in own if row["method"] != "base"))
-        ways = sorted({way(row) for row in own})
-        figure, axes = pyplot.subplots(figsize=(max(6, 1.1 * len(labels) + 2), 4))
-        for number, decoding in enumerate(ways):
-            draw_way(axes, [row for row in own if way(row) == decoding], labels, number, len(ways))
-        axes.set_xticks(range(len(labels)), labels)
-        axes.set(ylabel="accuracy (%)", title=study)
-        axes.legend(title="decoding block, tokens per step", fontsize="small", title_fontsize="small")
+        blocks, tokens = (sorted({int(row[name]) for row in own}) for name in ("block_length", "tokens_per_step"))
+        size = (len(tokens) * (1.1 + 0.75 * len(labels)), 2.8 * len(blocks))
+        figure, panels = pyplot.subplots(len(blocks), len(tokens), figsize=size, squeeze=False, layout="constrained")
+        for axes, way in zip(panels.flat, product(blocks, tokens), strict=True):
+            draw_panel(
+                axes, [row for row in own if (int(row["block_length"]), int(row["tokens_per_step"])) == way], labels
+            )
+            axes.set_title("decoding block {}, {} tokens a step".format(*way), fontsize="small")
+        figure.supylabel("accuracy (%)", fontsize="medium")
+        figure.suptitle(study, fontsize="medium")
         paths.append(save(figure, os.path.join(folder, f"{study}.png")))
     return paths
 
@@ -115,23 +119,20 @@ def label(row):
     return f"{row['method']}\n{row['setting'].replace('=', chr(10))}".strip()
 
 
-def way(row):
-    return int(row["block_length"]), int(row["tokens_per_step"])
-
-
-def draw_way(axes, rows, labels, number, count):
-    """The points of one way of decoding: mean and interval over the seeds, and every seed beside them."""
-    colour, shift = f"C{number % 10}", 0.6 * ((number + 0.5) / count - 0.5)
-    base = [100 * float(row["accuracy"]) for row in rows if row["method"] == "base"]
-    for height in base[:1]:
-        axes.axhline(height, color=colour, linestyle="--", linewidth=0.8, alpha=0.6)
+def draw_panel(axes, rows, labels):
+    """One way of decoding: for each of `labels` the mean, its interval and every seed; the base as a dashed line."""
+    for row in rows:
+        if row["method"] == "base":
+            axes.axhline(100 * float(row["accuracy"]), color="grey", linestyle="--", linewidth=0.9)
     for place, text in enumerate(labels):
         values = [100 * float(row["accuracy"]) for row in rows if label(row) == text]
         if values:
             mean, half = mean_interval(values)
-            axes.errorbar(place + shift, mean, 0 if math.isnan(half) else half, fmt="o", color=colour, capsize=3)
-            axes.plot([place + shift + 0.06] * len(values), values, ".", color=colour, alpha=0.4, markersize=3)
-    axes.plot([], [], "o", color=colour, label="{}, {}".format(*way(rows[0])))
+            axes.errorbar(place, mean, 0 if math.isnan(half) else half, fmt="o", color=f"C{place}", capsize=4)
+            axes.plot([place + 0.15] * len(values), values, ".", color=f"C{place}", alpha=0.5, markersize=4)
+    axes.set_xticks(range(len(labels)), labels, fontsize="xx-small")
+    axes.set_xlim(-0.5, len(labels) - 0.5)
+    axes.tick_params(axis="y", labelsize="x-small")
 
 
 def main():

@@ -391,11 +391,30 @@ def print_table(rows):
         print(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def show(values):
+def print_differences(rows):
+    """How much each setting's accuracy differs from its study's first, paired by seed, with the 95 % interval."""
+    accuracy = {}  # of (study, method, setting), by (block_length, tokens_per_step, seed)
+    for row in rows:
+        if row["method"] != "base":
+            group = accuracy.setdefault((row["study"], row["method"], row["setting"]), {})
+            group[row["block_length"], row["tokens_per_step"], row["seed"]] = 100 * row["accuracy"]
+    first = {}
+    print("\ndifference to the first setting of the study in points, seed by seed: mean with its 95 % interval")
+    for (study, *rest), group in accuracy.items():
+        reference = first.setdefault(study, group)
+        ways = list(dict.fromkeys(way[:2] for way in group if way in reference)) if group is not reference else ()
+        for way in ways:
+            pairs = [group[key] - reference[key] for key in group if key[:2] == way and key in reference]
+            print(
+                f"{study}: {' '.join(filter(None, rest))}, decoding block {way[0]}, {way[1]} a step: {show(pairs, '+')}"
+            )
+
+
+def show(values, sign=""):
     if not values:
         return ""
     mean, half = plot.mean_interval(values)
-    return f"{mean:.1f}" + (f" +- {half:.1f}" if len(values) > 1 else "")
+    return f"{mean:{sign}.1f}" + (f" +- {half:.1f}" if len(values) > 1 else "")
 
 
 def main():
@@ -416,6 +435,7 @@ def main():
         path = os.path.join(args.output, "results.csv")
         write_results(path, rows, args)
         print_table(rows)
+        print_differences(rows)
         print(f"see {', '.join([path, *plot.draw_studies(rows, args.output)])}")
     except OSError as error:
         sys.exit(f"--output {args.output} cannot be written ({error}); the same command goes on when it can")
