@@ -305,9 +305,17 @@ def train(run, args, log):
             return max(glob(f"{escape(prefix)}_step*"))
         start = toy.launcher(args.num_gpus) if args.num_gpus > 1 else [sys.executable]
         execute([*start, f"{SUITE}/train_{run['method']}.py", *words, "--CKPT_DIR", prefix], args, log)
+        note_seconds(run["folder"])
     if os.path.exists(f"{prefix}_state") or not glob(f"{escape(prefix)}_step*"):
         sys.exit(f"train_{run['method']}.py failed")
     return max(glob(f"{escape(prefix)}_step*"))
+
+
+def note_seconds(folder):
+    """Keep the seconds of a training from its last start to its last step, as the times of files change in copies."""
+    start, end = (f"{folder}/ckpt_logs/{name}" for name in ("run_config.json", "train_loss.csv"))
+    if os.path.exists(start) and os.path.exists(end):
+        evaluate.write_json(f"{folder}/seconds.json", round(os.path.getmtime(end) - os.path.getmtime(start), 1))
 
 
 def measure(model, output, block_length, tokens_per_step, args, log):
@@ -344,7 +352,7 @@ def collect(args, cells):
 
 
 def training_of(folder):
-    """Loss (mean of the last tenth of the steps), supervised tokens, steps and seconds (of the last start) of a run."""
+    """Loss (mean of the last tenth of the steps), supervised tokens, steps and seconds of a run."""
     logs = f"{folder}/ckpt_logs"
     if not os.path.exists(f"{logs}/train_loss.csv"):
         return {}
@@ -353,9 +361,11 @@ def training_of(folder):
     with open(f"{logs}/train_loss.csv") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     last = losses[-max(1, len(losses) // 10) :]
-    seconds = os.path.getmtime(f"{logs}/train_loss.csv") - os.path.getmtime(f"{logs}/run_config.json")
+    seconds = ""
+    with suppress(FileNotFoundError), open(f"{folder}/seconds.json") as file:
+        seconds = json.load(file)
     figures = {"loss": round(sum(last) / len(last), 4), "supervised_tokens": budget["supervised tokens"]}
-    return figures | {"train_steps": budget["steps"], "seconds": round(seconds, 1)}
+    return figures | {"train_steps": budget["steps"], "seconds": seconds}
 
 
 def write_results(path, rows, args):
