@@ -75,6 +75,8 @@ def decode(
     prompts = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
     if wrong := [i for i, prompt in enumerate(prompts) if len(prompt) == 0 or mask_id in prompt]:
         raise ValueError(f"prompt {wrong[0]} is empty or contains mask_id {mask_id}")
+    if not prompts:
+        return torch.empty(0, gen_length, dtype=torch.long)
     device = model.get_input_embeddings().weight.device
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
     canvas = make_canvas(prompts, gen_length, mask_id, eos_id).to(device)  # (B, L)

@@ -220,6 +220,10 @@ def test_bad_prompts(prompt):
         decode.decode(small_model(0), [[1], prompt], gen_length=8, block_length=8, steps=8, **IDS)
 
 
+def test_no_prompts():
+    assert decode.decode(small_model(0), [], gen_length=8, block_length=8, steps=8, **IDS).shape == (0, 8)
+
+
 def test_prompts_are_those_of_training(toy_folder):
     tokenizer = pt.load_tokenizer(str(toy_folder / "model"))
     rows = [json.loads(line) for line in (toy_folder / "data" / "train.jsonl").read_text().splitlines()]
