@@ -243,17 +243,23 @@ def decoding_folder(folder, args, block_length, tokens_per_step):
 
 
 def do_all(runs, args):
-    """Do the runs, `args.jobs` at a time; returns a message for each that failed."""
-    context = get_context("spawn")
+    """Do the runs, `args.jobs` at a time, the base's first, without which there are no others.
+
+    Returns a message for each that failed.
+    """
+    context, failed = get_context("spawn"), []
+    batches = [[run for run in runs if (run["method"] == "base") == base] for base in (True, False)]
     with ProcessPoolExecutor(args.jobs, context, initializer=begin_worker, initargs=(os.getpid(),)) as pool:
-        waiting = {pool.submit(do, run, args): run for run in runs}
         try:
-            done = tqdm(as_completed(waiting), total=len(waiting), unit=" runs", desc="study")
-            return [f"{waiting[run]['folder']}: {run.exception()}" for run in done if run.exception()]
+            for batch in batches:
+                waiting = {pool.submit(do, run, args): run for run in batch} if not failed else {}
+                done = tqdm(as_completed(waiting), total=len(waiting), unit=" runs", desc="study")
+                failed += [f"{waiting[run]['folder']}: {run.exception()}" for run in done if run.exception()]
         except KeyboardInterrupt:
             for process in pool._processes.values():
                 process.terminate()
             raise
+    return failed
 
 
 def begin_worker(parent):
@@ -439,8 +445,7 @@ def main():
         cells = make_cells(args, lengths)
         runs = make_runs(args, cells, common, identity).values()
         print(f"{len(runs)} runs, {args.jobs} at a time, in {args.output}")
-        base = [run for run in runs if run["method"] == "base"]
-        failed = do_all(base, args) or do_all([run for run in runs if run["method"] != "base"], args)
+        failed = do_all(runs, args)
         rows = collect(args, cells)
         path = os.path.join(args.output, "results.csv")
         write_results(path, rows, args)
