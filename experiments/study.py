@@ -25,6 +25,7 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from glob import escape, glob
 from itertools import product
 from multiprocessing import get_context
@@ -124,26 +125,26 @@ def read_constants(parser, words):
 # ---------------------------------------------------------------------------- what there is to do
 
 
+def make_cell(args, lengths, study, method, setting="", blocks=None, **changed):
+    """One setting of a study: its constants, and the blocks to decode with (None: `args.block_size`)."""
+    largest = max(args.block_sizes) if study == "block-size" else args.block_size
+    constants = {"TOTAL_TRAIN_STEPS": min(args.steps, available_steps(args, lengths, largest))}
+    if method == "blockwise":
+        constants["BLOCK_SIZE"] = args.block_size
+    named = {"study": study, "method": method, "setting": setting, "blocks": blocks or [args.block_size]}
+    return named | {"constants": constants | changed}
+
+
 def make_cells(args, lengths):
     """The settings of all studies: dicts of study, method, setting, constants and the blocks to decode with.
 
     `lengths` are those of the answers to train on. Within a study all runs but equal-tokens' take the same steps.
     """
 
-    def cell(study, method, setting="", blocks=(args.block_size,), **changed):
-        largest = max(args.block_sizes) if study == "block-size" else args.block_size
-        steps = {"TOTAL_TRAIN_STEPS": min(args.steps, available_steps(args, lengths, largest))}
-        block = {"BLOCK_SIZE": args.block_size} if method == "blockwise" else {}
-        return {
-            "study": study,
-            "method": method,
-            "setting": setting,
-            "blocks": blocks,
-            "constants": steps | block | changed,
-        }
+    cell = partial(make_cell, args, lengths)
 
-    def vary(study, name, values, methods=("blockwise",), blocks=(args.block_size,)):
-        pairs = [(method, value) for method in methods for value in values]
+    def vary(study, name, values, methods=("blockwise",), blocks=None):
+        pairs = product(methods, values)
         return [cell(study, method, f"{name}={value}", blocks, **{name: value}) for method, value in pairs]
 
     blockwise = cell("equal-tokens", "blockwise")
@@ -284,8 +285,6 @@ def do(run, args):
             model = args.model if run["method"] == "base" else train(run, args, log)
             for way in missing:
                 measure(model, decoding_folder(run["folder"], args, *way), *way, args, log)
-                if not os.path.exists(summary(way)):
-                    sys.exit(f"{summary(way)} was not written")
         except SystemExit as error:  # this process does other runs too
             raise RuntimeError(f"{error.code}; see {log.name}") from error
     if args.remove_checkpoints and run["method"] != "base":
@@ -336,6 +335,8 @@ def measure(model, output, block_length, tokens_per_step, args, log):
         execute([*start, evaluate.__file__, *words], args, log)
     else:
         evaluate.main(words)
+    if not os.path.exists(f"{output}/summary.json"):
+        sys.exit(f"{output}: the evaluation failed")
 
 
 # ---------------------------------------------------------------------------- what came out
