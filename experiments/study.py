@@ -1,6 +1,6 @@
 """The paper's comparisons, over several seeds, through the trainers themselves.
 
-    python experiments/study.py                                     # all of them on the toy: hours on 2 cores
+    python experiments/study.py                                     # all of them on the toy: an hour on 2 cores
     python experiments/study.py equal-compute equal-tokens --seeds 3
     python experiments/study.py prefix --model GSAI-ML/LLaDA-8B-Instruct --data MATH.jsonl --test math500 --num_gpus 8
 
