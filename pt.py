@@ -35,26 +35,49 @@ BATCH_ROWS = 1000  # rows rendered and encoded at once
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--output", default="MathQA_256.pt", help="file to write (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
-    parser.add_argument("--model", default="GSAI-ML/LLaDA-8B-Instruct", help="hub id or folder (%(default)s)")
-    parser.add_argument("--model_revision", default="main", help="of a hub model: branch, tag or commit (%(default)s)")
     parser.add_argument(
-        "--dataset", default="meta-math/MetaMathQA", help="hub id, folder, or .json/.jsonl/.parquet/.csv (%(default)s)"
+        "--model", default="GSAI-ML/LLaDA-8B-Instruct", help="hub id or folder (%(default)s)"
+    )
+    parser.add_argument(
+        "--model_revision",
+        default="main",
+        help="of a hub model: branch, tag or commit (%(default)s)",
+    )
+    parser.add_argument(
+        "--dataset",
+        default="meta-math/MetaMathQA",
+        help="hub id, folder, or .json/.jsonl/.parquet/.csv (%(default)s)",
     )
     parser.add_argument("--split", default="train", help="split of the dataset (%(default)s)")
-    parser.add_argument("--max_len", type=int, default=256, help="skip longer rows, in tokens (%(default)s)")
-    parser.add_argument("--max_samples", type=int, default=20000, help="stop after so many rows, 0 = all (%(default)s)")
-    parser.add_argument("--filter_type", default="GSM", help='skip types that contain this, "" = none (%(default)s)')
+    parser.add_argument(
+        "--max_len", type=int, default=256, help="skip longer rows, in tokens (%(default)s)"
+    )
+    parser.add_argument(
+        "--max_samples",
+        type=int,
+        default=20000,
+        help="stop after so many rows, 0 = all (%(default)s)",
+    )
+    parser.add_argument(
+        "--filter_type", default="GSM", help='skip types that contain this, "" = none (%(default)s)'
+    )
     cores = min(16, len(os.sched_getaffinity(0)))
-    parser.add_argument("--num_workers", type=int, default=cores, help="processes, 0 = this one alone (%(default)s)")
+    parser.add_argument(
+        "--num_workers", type=int, default=cores, help="processes, 0 = this one alone (%(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.num_workers < 0:
         parser.error(f"--num_workers {args.num_workers}: must be 0 (none but this process) or more")
     if args.max_len < 2:
-        parser.error(f"--max_len {args.max_len}: needs at least 2 tokens, one of the prompt and one of the answer")
+        parser.error(
+            f"--max_len {args.max_len}: needs at least 2 tokens, one of the prompt and one of the answer"
+        )
     if args.max_samples < 0:
         parser.error(f"--max_samples {args.max_samples}: must be 0 (all rows) or more")
     return args
@@ -73,12 +96,16 @@ def claim_output(output, overwrite):
     if not output or (os.path.exists(output) and not os.path.isfile(output)):
         sys.exit(f"--output {output!r} is not a file; give the name of one")
     if os.path.exists(output) and not overwrite:
-        sys.exit(f"--output {output} exists already; give another name, or --overwrite to replace it")
+        sys.exit(
+            f"--output {output} exists already; give another name, or --overwrite to replace it"
+        )
     try:
         os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
         return open(f"{output}.tmp-{os.getpid()}", "wb")
     except OSError as error:
-        sys.exit(f"--output {output} cannot be written ({error.strerror}); give a path in a writable folder")
+        sys.exit(
+            f"--output {output} cannot be written ({error.strerror}); give a path in a writable folder"
+        )
 
 
 def load_tokenizer(model, revision="main"):
@@ -92,13 +119,17 @@ def load_tokenizer(model, revision="main"):
         how = {"revision": revision, "trust_remote_code": True, "fix_mistral_regex": False}
         tokenizer = AutoTokenizer.from_pretrained(model, **how)
     except Exception as error:  # the hub, the folder and remote code fail in many ways
-        sys.exit(f"--model {model}: no tokenizer there ({first_line(error)}); give a hub id or a model folder")
+        sys.exit(
+            f"--model {model}: no tokenizer there ({first_line(error)}); give a hub id or a model folder"
+        )
     if not tokenizer.is_fast:
         sys.exit(
             f"--model {model}: its tokenizer is not a fast one and gives no offsets; the folder needs tokenizer.json"
         )
     if not tokenizer.chat_template:
-        sys.exit(f"--model {model}: its tokenizer has no chat template; use an Instruct model or add one to its folder")
+        sys.exit(
+            f"--model {model}: its tokenizer has no chat template; use an Instruct model or add one to its folder"
+        )
     return tokenizer
 
 
@@ -124,10 +155,14 @@ def load_rows(dataset, split):
             rows = load_dataset(dataset, split=split)
     except Exception as error:  # the hub, pyarrow and the parsers fail in many ways
         cause = first_line(error.__cause__ or error)
-        sys.exit(f"--dataset {dataset} --split {split} cannot be read ({cause}); give a hub id, a folder or a file")
+        sys.exit(
+            f"--dataset {dataset} --split {split} cannot be read ({cause}); give a hub id, a folder or a file"
+        )
     if missing := {"query", "response"} - set(rows.column_names):
         columns = ", ".join(rows.column_names)
-        sys.exit(f"--dataset {dataset}: no column {' or '.join(sorted(missing))} among {columns}; rename its columns")
+        sys.exit(
+            f"--dataset {dataset}: no column {' or '.join(sorted(missing))} among {columns}; rename its columns"
+        )
     return rows
 
 
@@ -139,8 +174,12 @@ def find_trailing_header(tokenizer):
     """
     probe = "assistant-turn-probe"
     try:
-        alone = tokenizer.apply_chat_template([{"role": "assistant", "content": probe}], tokenize=False)
-        question = tokenizer.apply_chat_template([{"role": "user", "content": probe}], tokenize=False)
+        alone = tokenizer.apply_chat_template(
+            [{"role": "assistant", "content": probe}], tokenize=False
+        )
+        question = tokenizer.apply_chat_template(
+            [{"role": "user", "content": probe}], tokenize=False
+        )
     except Exception:  # a template is a program of its own
         return ""
     header = alone.partition(probe)[0].removeprefix(tokenizer.bos_token or "")
@@ -155,13 +194,19 @@ def render(tokenizer, header, queries, responses):
     """
     users = [[{"role": "user", "content": PROMPT.format(query=query)}] for query in queries]
     whole = [
-        user + [{"role": "assistant", "content": response}] for user, response in zip(users, responses, strict=True)
+        user + [{"role": "assistant", "content": response}]
+        for user, response in zip(users, responses, strict=True)
     ]
     try:
         prompts = tokenizer.apply_chat_template(users, tokenize=False, add_generation_prompt=True)
-        texts = [text.removesuffix(header) for text in tokenizer.apply_chat_template(whole, tokenize=False)]
+        texts = [
+            text.removesuffix(header)
+            for text in tokenizer.apply_chat_template(whole, tokenize=False)
+        ]
     except Exception as error:  # a template is a program of its own
-        sys.exit(f"--model {tokenizer.name_or_path}: its chat template fails ({first_line(error)}); give another model")
+        sys.exit(
+            f"--model {tokenizer.name_or_path}: its chat template fails ({first_line(error)}); give another model"
+        )
     for prompt, text in zip(prompts, texts, strict=True):
         if not text.startswith(prompt):
             sys.exit(
@@ -179,13 +224,19 @@ def encode(tokenizer, prompts, texts, max_len):
     tokenizer joins characters across the boundary, and 2 for every row on transformers 5.
     """
     encoded = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
     )
     samples = []
     for prompt, ids, encoding in zip(prompts, encoded["input_ids"], encoded.encodings, strict=True):
         sample = None
         if len(ids) <= max_len:
-            start = lambda token, encoding=encoding: encoding.token_to_chars(token)[0]  # its first character
+            start = lambda token, encoding=encoding: encoding.token_to_chars(token)[
+                0
+            ]  # its first character
             prompt_len = bisect_left(range(len(ids)), len(prompt), key=start)
             sample = (prompt_len, ids)
         samples.append(sample)
@@ -196,7 +247,11 @@ def judge(kind, query, response, filter_type, spells_special):
     """What becomes of a row by its text alone: "filtered by type", "malformed" or "kept"."""
     if filter_type and isinstance(kind, str) and filter_type in kind:
         return "filtered by type"
-    texts = [text for text in (query, response) if isinstance(text, str) and text.strip() and not spells_special(text)]
+    texts = [
+        text
+        for text in (query, response)
+        if isinstance(text, str) and text.strip() and not spells_special(text)
+    ]
     return "kept" if len(texts) == 2 else "malformed"
 
 
@@ -241,14 +296,22 @@ def work(start, rows, **how):
         return error
     kept = [sample for _, sample in outcomes if sample]
     ids = np.fromiter(chain.from_iterable(ids for _, ids in kept), np.int64)
-    return [outcome for outcome, _ in outcomes], [prompt_len for prompt_len, _ in kept], [len(i) for _, i in kept], ids
+    return (
+        [outcome for outcome, _ in outcomes],
+        [prompt_len for prompt_len, _ in kept],
+        [len(i) for _, i in kept],
+        ids,
+    )
 
 
 def read_batches(rows, num_workers, how):
     """Yields what `work` makes of each batch of rows, in order, and raises what it returns instead."""
     starts = range(0, len(rows), BATCH_ROWS)
     workers = min(num_workers, len(starts)) if len(starts) > 1 else 0
-    how = {"collate_fn": partial(work, rows=rows, **how), "multiprocessing_context": "fork" if workers else None}
+    how = {
+        "collate_fn": partial(work, rows=rows, **how),
+        "multiprocessing_context": "fork" if workers else None,
+    }
     for batch in DataLoader(starts, batch_size=None, num_workers=workers, **how):
         if isinstance(batch, BaseException):
             raise batch
@@ -260,7 +323,12 @@ def cut(outcomes, prompt_lens, lengths, ids, room):
     if room > len(lengths):
         return outcomes, prompt_lens, lengths, ids
     kept = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
-    return outcomes[: kept[room - 1] + 1], prompt_lens[:room], lengths[:room], ids[: sum(lengths[:room])]
+    return (
+        outcomes[: kept[room - 1] + 1],
+        prompt_lens[:room],
+        lengths[:room],
+        ids[: sum(lengths[:room])],
+    )
 
 
 def preprocess(rows, tokenizer, max_len, max_samples, filter_type, num_workers=0):
@@ -279,14 +347,24 @@ def preprocess(rows, tokenizer, max_len, max_samples, filter_type, num_workers=0
     """
     how = {"tokenizer": tokenizer, "header": find_trailing_header(tokenizer)}
     how |= {"max_len": max_len, "filter_type": filter_type}
-    rows = rows.select_columns([name for name in ("type", "query", "response") if name in rows.column_names])
-    counts = Counter(dict.fromkeys(("read", "filtered by type", "malformed", "too long", "kept"), 0))
+    rows = rows.select_columns(
+        [name for name in ("type", "query", "response") if name in rows.column_names]
+    )
+    counts = Counter(
+        dict.fromkeys(("read", "filtered by type", "malformed", "too long", "kept"), 0)
+    )
     samples = []
     with tqdm(total=len(rows), unit=" rows", desc="preprocess") as bar:
         for batch in read_batches(rows, num_workers, how):
-            outcomes, prompt_lens, lengths, ids = cut(*batch, max_samples - len(samples)) if max_samples else batch
-            pieces = zip(prompt_lens, torch.from_numpy(ids).split(lengths) if lengths else (), strict=True)
-            samples += [{"prompt_len": prompt_len, "full_ids": full_ids} for prompt_len, full_ids in pieces]
+            outcomes, prompt_lens, lengths, ids = (
+                cut(*batch, max_samples - len(samples)) if max_samples else batch
+            )
+            pieces = zip(
+                prompt_lens, torch.from_numpy(ids).split(lengths) if lengths else (), strict=True
+            )
+            samples += [
+                {"prompt_len": prompt_len, "full_ids": full_ids} for prompt_len, full_ids in pieces
+            ]
             counts.update(outcomes, read=len(outcomes))
             bar.update(len(outcomes))
             if max_samples and len(samples) == max_samples:
@@ -302,7 +380,9 @@ def save(samples, file, output):
             os.fsync(file.fileno())
         os.replace(file.name, output)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        sys.exit(f"--output {output} cannot be written ({first_line(error)}); free some space, or give another path")
+        sys.exit(
+            f"--output {output} cannot be written ({first_line(error)}); free some space, or give another path"
+        )
 
 
 def report(samples, counts, tokenizer):
@@ -311,13 +391,21 @@ def report(samples, counts, tokenizer):
     print("rows: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     print(f"tokens: longest {max(lengths)}, mean {sum(lengths) / len(lengths):.1f}")
     prompt_len, full_ids = samples[0]["prompt_len"], samples[0]["full_ids"]
-    print(f"--- the first sample's prompt, {prompt_len} tokens:\n{tokenizer.decode(full_ids[:prompt_len])}")
-    print(f"--- its answer, {len(full_ids) - prompt_len} tokens:\n{tokenizer.decode(full_ids[prompt_len:])}\n---")
+    print(
+        f"--- the first sample's prompt, {prompt_len} tokens:\n{tokenizer.decode(full_ids[:prompt_len])}"
+    )
+    print(
+        f"--- its answer, {len(full_ids) - prompt_len} tokens:\n{tokenizer.decode(full_ids[prompt_len:])}\n---"
+    )
 
 
 def main():
     args = parse_args(sys.argv[1:])
-    if os.path.exists(args.output) and os.path.exists(args.dataset) and os.path.samefile(args.output, args.dataset):
+    if (
+        os.path.exists(args.output)
+        and os.path.exists(args.dataset)
+        and os.path.samefile(args.output, args.dataset)
+    ):
         sys.exit(f"--output {args.output} is the --dataset itself; give another name")
     file = claim_output(args.output, args.overwrite)
     try:
@@ -327,7 +415,9 @@ def main():
         samples, counts = preprocess(rows, tokenizer, *how)
         if not samples:
             outcome = ", ".join(f"{count} {name}" for name, count in counts.items())
-            sys.exit(f"no row is left ({outcome}); look at --max_len {args.max_len}, --filter_type and --dataset")
+            sys.exit(
+                f"no row is left ({outcome}); look at --max_len {args.max_len}, --filter_type and --dataset"
+            )
         save(samples, file, args.output)
     except UnicodeDecodeError as error:
         sys.exit(f"--dataset {args.dataset} is not UTF-8 text ({first_line(error)}); convert it")
@@ -336,7 +426,9 @@ def main():
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        sys.exit(f"a process was killed, of {args.num_workers}; nothing was written: give a lower --num_workers")
+        sys.exit(
+            f"a process was killed, of {args.num_workers}; nothing was written: give a lower --num_workers"
+        )
     finally:
         if os.path.exists(file.name):
             os.remove(file.name)

@@ -86,24 +86,39 @@ LINKS = {"NVLink, 450 GB/s": 450e9, "PCIe 5, 50 GB/s": 50e9}  # bytes/s each way
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
-        "--part", choices=("step", "save", "fit", "pt", "decode"), default="step", help="what to measure (%(default)s)"
+        "--part",
+        choices=("step", "save", "fit", "pt", "decode"),
+        default="step",
+        help="what to measure (%(default)s)",
     )
     parser.add_argument("--shape", choices=SHAPES, default="toy", help="of the model (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=gpu, help="where (here %(default)s)")
-    parser.add_argument("--method", choices=TRAINERS, default="blockwise", help="which trainer (%(default)s)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=gpu, help="where (here %(default)s)"
+    )
+    parser.add_argument(
+        "--method", choices=TRAINERS, default="blockwise", help="which trainer (%(default)s)"
+    )
     parser.add_argument("--batch", type=int, help="rows per rank (toy and 1b: 8, 8b: 32)")
     parser.add_argument("--length", type=int, default=256, help="tokens a row (%(default)s)")
     parser.add_argument("--lora_rank", type=int, default=256, help="(%(default)s)")
-    parser.add_argument("--repeats", type=int, default=10, help="timed steps of each form (%(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=10, help="timed steps of each form (%(default)s)"
+    )
     parser.add_argument("--forms", default=",".join(FORMS), help="some of %(default)s")
-    parser.add_argument("--activation_checkpointing", action="store_true", help="in this suite's forms")
+    parser.add_argument(
+        "--activation_checkpointing", action="store_true", help="in this suite's forms"
+    )
     parser.add_argument("--no_save", action="store_true", help="leave out the merged save")
     parser.add_argument("--rows", type=int, default=100000, help="of --part pt (%(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=126464, help="of --part decode (%(default)s)")
+    parser.add_argument(
+        "--vocabulary", type=int, default=126464, help="of --part decode (%(default)s)"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the launcher
     parser.add_argument("--output", metavar="FILE", help="write all figures there, as JSON")
     return check_args(parser, parser.parse_args(argv))
@@ -113,20 +128,37 @@ def check_args(parser, args):
     """`args` with what follows from them; ends with a message if something cannot be."""
     args.batch = BATCH[args.shape] if args.batch is None else args.batch
     args.forms = args.forms.split(",")
-    for name, least in {"batch": 1, "length": 2, "lora_rank": 1, "repeats": 1, "rows": 1, "vocabulary": 8}.items():
+    for name, least in {
+        "batch": 1,
+        "length": 2,
+        "lora_rank": 1,
+        "repeats": 1,
+        "rows": 1,
+        "vocabulary": 8,
+    }.items():
         if getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.part == "decode" and args.length % 64:
-        parser.error(f"--length {args.length}: half of it is decoded, in blocks of 32; give a multiple of 64")
+        parser.error(
+            f"--length {args.length}: half of it is decoded, in blocks of 32; give a multiple of 64"
+        )
     if unknown := set(args.forms) - set(FORMS):
-        parser.error(f"--forms {','.join(args.forms)}: {', '.join(unknown)} is none of {', '.join(FORMS)}")
+        parser.error(
+            f"--forms {','.join(args.forms)}: {', '.join(unknown)} is none of {', '.join(FORMS)}"
+        )
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; give --device cpu")
-    if args.output and (os.path.exists(args.output) or not os.access(os.path.dirname(args.output) or ".", os.W_OK)):
-        parser.error(f"--output {args.output}: exists already, or its folder cannot be written; give another file")
+    if args.output and (
+        os.path.exists(args.output) or not os.access(os.path.dirname(args.output) or ".", os.W_OK)
+    ):
+        parser.error(
+            f"--output {args.output}: exists already, or its folder cannot be written; give another file"
+        )
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1 and (args.part != "step" or not has_deepspeed(args.device)):
-        parser.error(f"--part {args.part}: {ranks} ranks; a launcher is for --part step and needs DeepSpeed")
+        parser.error(
+            f"--part {args.part}: {ranks} ranks; a launcher is for --part step and needs DeepSpeed"
+        )
     return args
 
 
@@ -139,7 +171,9 @@ def random_llada(device, shape):
         model = LLaDAModelLM(LLaDAConfig(**shape)).to(torch.bfloat16)
     model.to_empty(device=device)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(
+            parameter
+        )
     return model
 
 
@@ -148,7 +182,9 @@ def adapted(trainer, device, shape):
     model = random_llada(device, shape)
     trainer.fetch = lambda *_, **__: (model, {"missing_keys": []})
     trainer.COMPILE = trainer.ACTIVATION_CHECKPOINTING = False  # the forms set these
-    peft_model = trainer.build_model(device).to(torch.bfloat16).train()  # as DeepSpeed's engine has it
+    peft_model = (
+        trainer.build_model(device).to(torch.bfloat16).train()
+    )  # as DeepSpeed's engine has it
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -160,7 +196,9 @@ def random_examples(rows, length):
     """`rows` rows as load_examples gives them: half to all of `length` ids, two fifths of these prompt."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(max(2, length // 2), length + 1, size=rows)
-    return [(max(1, 2 * n // 5), torch.from_numpy(rng.integers(0, 126080, size=n))) for n in lengths]
+    return [
+        (max(1, 2 * n // 5), torch.from_numpy(rng.integers(0, 126080, size=n))) for n in lengths
+    ]
 
 
 def published_batch(trainer, examples, draws, numbers, pad_id):
@@ -169,7 +207,11 @@ def published_batch(trainer, examples, draws, numbers, pad_id):
     for number in numbers:
         sample, block = draws[number]
         prompt_len, ids = examples[sample][0], examples[sample][1].tolist()
-        noise = np.random.default_rng((trainer.SEED, number)).random(trainer.MAX_LEN + 1, dtype=np.float32).tolist()
+        noise = (
+            np.random.default_rng((trainer.SEED, number))
+            .random(trainer.MAX_LEN + 1, dtype=np.float32)
+            .tolist()
+        )
         t = trainer.MASK_PROB_EPS + (1 - trainer.MASK_PROB_EPS) * noise[0]
         width = getattr(trainer, "BLOCK_SIZE", trainer.MAX_LEN)
         first = prompt_len + block * width
@@ -192,7 +234,9 @@ def published_loss(model, noisy_ids, labels):
     device = model.get_output_embeddings().weight.device
     noisy_ids, labels = noisy_ids.to(device), labels.to(device)
     logits = model(input_ids=noisy_ids).logits  # (B, L, V)
-    nll = cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1), ignore_index=-100, reduction="none")
+    nll = cross_entropy(
+        logits.view(-1, logits.shape[-1]), labels.view(-1), ignore_index=-100, reduction="none"
+    )
     count = (labels != -100).sum(1)  # (B,)
     return (nll.float().view_as(labels).sum(1) / count.clamp(min=1)).mean()
 
@@ -206,8 +250,12 @@ class Engine:
     def __init__(self, model, clip):
         self.module, self.clip = model, clip
         self.adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.master = torch.cat([parameter.detach().flatten().float() for parameter in self.adapter])
-        self.optimizer = torch.optim.AdamW([self.master], lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
+        self.master = torch.cat(
+            [parameter.detach().flatten().float() for parameter in self.adapter]
+        )
+        self.optimizer = torch.optim.AdamW(
+            [self.master], lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0
+        )
 
     def __call__(self, **inputs):
         return self.module(**inputs)
@@ -220,7 +268,9 @@ class Engine:
 
     @torch.no_grad()
     def step(self):
-        self.master.grad = torch.cat([parameter.grad.flatten() for parameter in self.adapter]).float()
+        self.master.grad = torch.cat(
+            [parameter.grad.flatten() for parameter in self.adapter]
+        ).float()
         torch.nn.utils.clip_grad_norm_([self.master], self.clip)
         self.optimizer.step()
         self.master.grad, offset = None, 0
@@ -239,17 +289,29 @@ def make_engine(args, trainer, model, steps):
     if not has_deepspeed(args.device):
         return Engine(model, trainer.GRAD_CLIP)
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return deepspeed.initialize(model=model, model_parameters=adapter, config=trainer.ds_config(steps))[0]
+    return deepspeed.initialize(
+        model=model, model_parameters=adapter, config=trainer.ds_config(steps)
+    )[0]
 
 
 def join(device):
     """Rank and number of ranks, the process group made if DeepSpeed is there."""
     if not has_deepspeed(device):
         return 0, 1
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    rank, local_rank, world_size = map(int, [os.environ.setdefault(*pair) for pair in alone.items()][:3])
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    rank, local_rank, world_size = map(
+        int, [os.environ.setdefault(*pair) for pair in alone.items()][:3]
+    )
     deepspeed.utils.logger.setLevel("ERROR")
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # as in the trainers: nothing is compiled
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: (
+        None
+    )  # as in the trainers: nothing is compiled
     deepspeed.init_distributed(verbose=False)
     deepspeed.get_accelerator().set_device(local_rank)
     return rank, world_size
@@ -296,7 +358,12 @@ def matrix_rate(device, repeats=10):
 def prepare(args, trainer, world_size):
     """The trainer's constants for this run, and its examples, draws and their numbers (step, 1, rank, row)."""
     steps = args.repeats + TURNS * WARMUP
-    constants = {"MAX_LEN": args.length, "MICRO_BSIZE": args.batch, "LORA_RANK": args.lora_rank, "GRAD_ACC": 1}
+    constants = {
+        "MAX_LEN": args.length,
+        "MICRO_BSIZE": args.batch,
+        "LORA_RANK": args.lora_rank,
+        "GRAD_ACC": 1,
+    }
     vars(trainer).update(constants, TOTAL_TRAIN_STEPS=steps, PT_FILE="(generated)")
     examples = random_examples(steps * args.batch * world_size, args.length)
     return examples, *trainer.plan(examples, world_size)[:2]
@@ -351,8 +418,12 @@ def take_turn(form, figure, step, steps, args):
         taken = [step(form, number) for number in steps]
     except RuntimeError as error:
         full = isinstance(error, torch.OutOfMemoryError)
-        if full and has_deepspeed(args.device):  # whose engine cannot go on after half a backward pass
-            sys.exit(f"{form} is out of memory: lower --batch {args.batch}, or leave it out with --forms")
+        if full and has_deepspeed(
+            args.device
+        ):  # whose engine cannot go on after half a backward pass
+            sys.exit(
+                f"{form} is out of memory: lower --batch {args.batch}, or leave it out with --forms"
+            )
         if not full and form != "compiled":
             raise
         figure["error"] = "out of memory" if full else f"not compiled: {type(error).__name__}"
@@ -370,23 +441,45 @@ def measure_steps(args, trainer, rank, world_size):
     model, blocks = adapted(trainer, device, SHAPES[args.shape])
     synchronize(args.device)
     build = time.perf_counter() - start
-    count = lambda form: count_flops(form, trainer, model, blocks, device, examples, draws, numbers[-1, 0, rank])
+    count = lambda form: count_flops(
+        form, trainer, model, blocks, device, examples, draws, numbers[-1, 0, rank]
+    )
     figures = {form: {"seconds": [], "peak": 0} | count(form) for form in args.forms}
     start = time.perf_counter()
     engine = make_engine(args, trainer, model, len(numbers) * len(args.forms))
     build += time.perf_counter() - start
-    step = lambda form, number: take_step(form, args, trainer, engine, examples, draws, numbers[number, 0, rank])
-    turns = [(steps, form) for steps in np.array_split(np.arange(len(numbers)), TURNS) for form in args.forms]
+    step = lambda form, number: take_step(
+        form, args, trainer, engine, examples, draws, numbers[number, 0, rank]
+    )
+    turns = [
+        (steps, form)
+        for steps in np.array_split(np.arange(len(numbers)), TURNS)
+        for form in args.forms
+    ]
     for steps, form in tqdm(turns, desc="turns", disable=rank != 0):
         if "error" not in figures[form]:
-            use(trainer, blocks, device, form == "compiled", form != "published" and args.activation_checkpointing)
+            use(
+                trainer,
+                blocks,
+                device,
+                form == "compiled",
+                form != "published" and args.activation_checkpointing,
+            )
             take_turn(form, figures[form], step, steps, args)
             model.zero_grad()  # of half a step
     if all("error" in figure for figure in figures.values()):
-        sys.exit(f"no form has figures ({figures[form]['error']}): lower --batch {args.batch}, or give other --forms")
-    masks = (trainer.make_batch(examples, draws, part, 0)[2] for part in numbers[:, 0].reshape(-1, args.batch))
+        sys.exit(
+            f"no form has figures ({figures[form]['error']}): lower --batch {args.batch}, or give other --forms"
+        )
+    masks = (
+        trainer.make_batch(examples, draws, part, 0)[2]
+        for part in numbers[:, 0].reshape(-1, args.batch)
+    )
     supervised = sum(int(mask.sum()) for mask in masks) / len(numbers)  # a step, of all ranks
-    rows = {form: summary(args, figure, build, supervised, world_size) for form, figure in figures.items()}
+    rows = {
+        form: summary(args, figure, build, supervised, world_size)
+        for form, figure in figures.items()
+    }
     return {"supervised tokens a step": supervised, "forms": rows}, engine
 
 
@@ -423,7 +516,9 @@ def measure_save(trainer, model):
         plain = [plain_write(f"{folder}/plain", size)]
         reset_peak("cpu")
         before, start = peak("cpu"), time.perf_counter()
-        trainer.save_merged(model, types.SimpleNamespace(save_pretrained=lambda path: None), f"{folder}/model")
+        trainer.save_merged(
+            model, types.SimpleNamespace(save_pretrained=lambda path: None), f"{folder}/model"
+        )
         os.sync()
         seconds, above = time.perf_counter() - start, peak("cpu") - before
         written = sum(entry.stat().st_size for entry in os.scandir(f"{folder}/model"))
@@ -490,17 +585,28 @@ def measure_fit(args, trainer):
     one, two = (kept_bytes(trainer, args, layers, rows) for layers in (1, 2))
     layers, supervised = whole.config.n_layers, one[1]
     vocabulary = whole.config.embedding_size
-    logits = dict.fromkeys(FITTED, supervised * vocabulary * (2 + 4 + 4))  # bf16, float32 and the gradient, in work
+    logits = dict.fromkeys(
+        FITTED, supervised * vocabulary * (2 + 4 + 4)
+    )  # bf16, float32 and the gradient, in work
     logits["published"] = args.length * vocabulary * (2 + 2 + 2)
-    work = 1.5 * (two[0]["suite"] - one[0]["suite"]) / rows  # a block recomputed, and gradients: an estimate
+    work = (
+        1.5 * (two[0]["suite"] - one[0]["suite"]) / rows
+    )  # a block recomputed, and gradients: an estimate
     table = {}
     for form in FITTED:
         block = (two[0][form] - one[0][form]) / rows  # bytes a row
         per_row = layers * block + (one[0][form] / rows - block) + work + logits[form]
-        room = {memory: int((0.95 * memory * 1e9 - weights - adapter) / per_row) for memory in MEMORIES}
+        room = {
+            memory: int((0.95 * memory * 1e9 - weights - adapter) / per_row) for memory in MEMORIES
+        }
         table[form] = {"block bytes a row": block, "bytes a row": per_row}
         table[form] |= {f"rows in {memory} GB": max(0, rows) for memory, rows in room.items()}
-    return {"weights bytes": weights, "adapter and optimizer bytes": adapter, "trained": trained, "fit": table}
+    return {
+        "weights bytes": weights,
+        "adapter and optimizer bytes": adapter,
+        "trained": trained,
+        "fit": table,
+    }
 
 
 # ---------------------------------------------------------------------------- pt.py
@@ -511,29 +617,46 @@ def write_rows(folder, rows):
     try:
         import toy
     except ImportError as error:
-        sys.exit(f"--part pt needs all of requirements.txt: {error}; pip install -r requirements.txt")
+        sys.exit(
+            f"--part pt needs all of requirements.txt: {error}; pip install -r requirements.txt"
+        )
     problems = toy.word_problems(random.Random(0), min(rows, 20000), set())
     with open(f"{folder}/rows.jsonl", "w") as file:
-        file.writelines(json.dumps(problems[number % len(problems)]) + "\n" for number in range(rows))
+        file.writelines(
+            json.dumps(problems[number % len(problems)]) + "\n" for number in range(rows)
+        )
     texts = [f"{row['query']}\n\n{row['response']}" for row in problems[:4000]]
     toy.build_tokenizer([toy.PROMPT, *texts]).save_pretrained(f"{folder}/model")
 
 
 def run_pt(folder, workers, samples):
     """Run pt.py there on `samples` rows (0 = all): seconds, highest memory use of its processes, size of its file."""
-    command = [sys.executable, os.path.join(SUITE, "pt.py"), "--model", "model", "--dataset", "rows.jsonl"]
+    command = [
+        sys.executable,
+        os.path.join(SUITE, "pt.py"),
+        "--model",
+        "model",
+        "--dataset",
+        "rows.jsonl",
+    ]
     command += ["--filter_type", "", "--output", "rows.pt", "--overwrite"]
     command += ["--num_workers", str(workers), "--max_samples", str(samples)]
     environment = {**os.environ, "HF_DATASETS_CACHE": f"{folder}/cache"}
     most, start = 0, time.perf_counter()
-    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL
+    ) as process:
         while process.poll() is None:
             most = max(most, tree_bytes(process.pid))
             time.sleep(0.2)
     if process.returncode:
         sys.exit(f"pt.py ended with status {process.returncode}, see above")
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak bytes": most, "file bytes": os.path.getsize(f"{folder}/rows.pt")}
+    return {
+        "seconds": seconds,
+        "peak bytes": most,
+        "file bytes": os.path.getsize(f"{folder}/rows.pt"),
+    }
 
 
 def measure_pt(args):
@@ -568,10 +691,20 @@ def measure_decode(args):
     """
     ids = {"mask_id": 2, "eos_id": 0, "eot_id": 0}
     shape = SHAPES[args.shape] | {"vocab_size": args.vocabulary, "mask_token_id": 2}
-    model = random_llada(args.device, shape).to(torch.bfloat16 if args.device == "cuda" else torch.float32).eval()
+    model = (
+        random_llada(args.device, shape)
+        .to(torch.bfloat16 if args.device == "cuda" else torch.float32)
+        .eval()
+    )
     half = args.length // 2
     prompts = torch.randint(3, args.vocabulary, (args.batch, half))
-    how = {"gen_length": half, "block_length": 32, "steps": half // 2, "logits_eos_inf": True, **ids}
+    how = {
+        "gen_length": half,
+        "block_length": 32,
+        "steps": half // 2,
+        "logits_eos_inf": True,
+        **ids,
+    }
     forms = {"one by one": prompts[:, None], "one batch": [prompts]}
     seconds, head = {form: [] for form in forms}, {form: [] for form in forms}
     for turn in tqdm(range(TURNS + 1), desc="decode", unit=" turns"):
@@ -580,7 +713,10 @@ def measure_decode(args):
             if turn:  # the first warms up
                 seconds[form].append(total / args.batch)
                 head[form].append(logits / total)
-    rows = {form: {"seconds an answer": min(seconds[form]), "share of the head": min(head[form])} for form in forms}
+    rows = {
+        form: {"seconds an answer": min(seconds[form]), "share of the head": min(head[form])}
+        for form in forms
+    }
     ratio = rows["one by one"]["seconds an answer"] / rows["one batch"]["seconds an answer"]
     return {"decode": rows, "batch_speedup": ratio}
 
@@ -613,15 +749,26 @@ def time_decoding(model, batches, how, device):
 
 def machine(args):
     """What the figures hold for."""
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else platform.processor() or platform.machine()
+    )
     with suppress(OSError), open("/proc/cpuinfo") as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
+        model = next(
+            (line.split(":")[1].strip() for line in file if line.startswith("model name")), ""
+        )
         name = name if args.device == "cuda" else model or name
     versions = {}
     for library in ("torch", "transformers", "peft", "deepspeed"):
         with suppress(PackageNotFoundError):
             versions[library] = version(library)
-    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def headline(result):
@@ -657,10 +804,21 @@ def print_table(rows):
         scale = 1e9 if "bytes" in column or "FLOP" in column else 1
         values = [row.get(column) for row in rows.values()]
         label = column.replace("bytes", "GB").replace("FLOP/s", "GFLOP/s") if scale > 1 else column
-        lines.append([label, *(show(v / scale if isinstance(v, (int, float)) and scale > 1 else v) for v in values)])
+        lines.append(
+            [
+                label,
+                *(
+                    show(v / scale if isinstance(v, (int, float)) and scale > 1 else v)
+                    for v in values
+                ),
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *others in lines:
-        print(first.ljust(widths[0]), *(cell.rjust(width + 1) for cell, width in zip(others, widths[1:], strict=True)))
+        print(
+            first.ljust(widths[0]),
+            *(cell.rjust(width + 1) for cell, width in zip(others, widths[1:], strict=True)),
+        )
 
 
 def report(args, result):
@@ -671,12 +829,23 @@ def report(args, result):
     if args.part == "step":
         print_table(result["forms"])
         for link, share in result["communication share, 8 ranks"].items():
-            print(f"share of ZeRO-2's communication in a step of 8 ranks, not overlapped: {share:.2%} on {link}")
+            print(
+                f"share of ZeRO-2's communication in a step of 8 ranks, not overlapped: {share:.2%} on {link}"
+            )
         keys = ("form", "speedup", "memory_ratio", "share_of_matrix_rate")
-        print(", ".join(f"{key} {show(result[key])}" for key in keys if result.get(key) is not None), end=" ")
+        print(
+            ", ".join(f"{key} {show(result[key])}" for key in keys if result.get(key) is not None),
+            end=" ",
+        )
         print(f"of {result['matrix FLOP/s'] / 1e12:,.3g} TFLOP/s")
     elif args.part == "fit":
-        print_table({"besides": {name: result[name] for name in ("weights bytes", "adapter and optimizer bytes")}})
+        print_table(
+            {
+                "besides": {
+                    name: result[name] for name in ("weights bytes", "adapter and optimizer bytes")
+                }
+            }
+        )
     elif args.part == "decode":
         print_table(result["decode"])
         print(f"batch_speedup {show(result['batch_speedup'])}")
@@ -692,15 +861,24 @@ def measure_all(args, trainer):
     """The figures of part `step`; None on other ranks than the first."""
     rank, world_size = join(args.device)
     result, engine = measure_steps(args, trainer, rank, world_size)
-    result |= {"ranks": world_size, "engine": "DeepSpeed ZeRO-2" if has_deepspeed(args.device) else "stand-in"}
-    adapter = sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)
+    result |= {
+        "ranks": world_size,
+        "engine": "DeepSpeed ZeRO-2" if has_deepspeed(args.device) else "stand-in",
+    }
+    adapter = sum(
+        parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad
+    )
     if rank == 0:
         result["matrix FLOP/s"] = matrix_rate(args.device)
         result = headline(result)
         seconds = result["forms"].get(result.get("form"), {}).get("step seconds")
         # DeepSpeed 0.19 all-reduces the gradients (2 x 7/8 of their bf16 bytes) and gathers the new weights (7/8)
         traffic = 3 * 7 / 8 * 2 * adapter
-        shares = {link: traffic / rate / (traffic / rate + seconds) for link, rate in LINKS.items()} if seconds else {}
+        shares = (
+            {link: traffic / rate / (traffic / rate + seconds) for link, rate in LINKS.items()}
+            if seconds
+            else {}
+        )
         result |= {"communication bytes, 8 ranks": traffic, "communication share, 8 ranks": shares}
         if not args.no_save:
             result["save"] = measure_save(trainer, engine.module)
@@ -716,13 +894,19 @@ def main():
         result = measure_all(args, trainer)
     elif args.part == "save":
         trainer.LORA_RANK = args.lora_rank
-        result = {"save": measure_save(trainer, adapted(trainer, args.device, SHAPES[args.shape])[0])}
+        result = {
+            "save": measure_save(trainer, adapted(trainer, args.device, SHAPES[args.shape])[0])
+        }
     elif args.part == "decode":
         result = measure_decode(args)
     else:
         result = measure_fit(args, trainer) if args.part == "fit" else measure_pt(args)
     if result is not None:
-        settings = {name: value for name, value in vars(args).items() if name not in ("output", "local_rank")}
+        settings = {
+            name: value
+            for name, value in vars(args).items()
+            if name not in ("output", "local_rank")
+        }
         report(args, {"machine": machine(args), "settings": settings} | result)
 
 

@@ -28,7 +28,10 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+sys.path[:0] = [
+    os.path.dirname(os.path.abspath(__file__)),
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+]
 
 import toy
 from toy_llada.configuration_llada import LLaDAConfig
@@ -45,7 +48,13 @@ OPERATIONS = {
 LABELS, SHORTEST = "pqrstuvw", 5  # one label an instruction; the fewest instructions
 TRAIN_ROWS, TEST_ROWS, PRETRAIN_ROWS = 8000, 1000, 40000
 GEN_LENGTH = 64  # tokens that hold every answer with its end
-SHAPE = {"d_model": 48, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 128, "max_sequence_length": 256}
+SHAPE = {
+    "d_model": 48,
+    "n_layers": 2,
+    "n_heads": 4,
+    "mlp_hidden_size": 128,
+    "max_sequence_length": 256,
+}
 PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LR = 6000, 64, 3e-3
 
 SPECIAL_TOKENS = "<|endoftext|> <|startoftext|> <|mdm_mask|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
@@ -85,15 +94,26 @@ def build_tokenizer(texts):
     """
     pieces = r"\n+| ?\w+| ?[^\w\s]"
     halves = pt.PROMPT.split("{query}")
-    words = sorted({word for text in texts for word in re.findall(pieces, text)} | {"\n\n", "user", "assistant"})
+    words = sorted(
+        {word for text in texts for word in re.findall(pieces, text)}
+        | {"\n\n", "user", "assistant"}
+    )
     vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *halves, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<|endoftext|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
     tokenizer.add_tokens([AddedToken(half, special=False, normalized=False) for half in halves])
-    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=toy.CHAT_TEMPLATE, **names)
+    names = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=toy.CHAT_TEMPLATE, **names
+    )
 
 
 # ---------------------------------------------------------------------------- base
@@ -105,7 +125,9 @@ def encode(tokenizer, rows):
     L is that of a canvas with GEN_LENGTH tokens behind the longest prompt.
     """
     header = pt.find_trailing_header(tokenizer)
-    texts = pt.render(tokenizer, header, *([row[name] for row in rows] for name in ("query", "response")))
+    texts = pt.render(
+        tokenizer, header, *([row[name] for row in rows] for name in ("query", "response"))
+    )
     samples = pt.encode(tokenizer, *texts, max_len=sys.maxsize)
     prompt_len = torch.tensor([prompt_len for prompt_len, _ in samples])
     ids = torch.full((len(rows), int(prompt_len.max()) + GEN_LENGTH), tokenizer.pad_token_id)
@@ -123,15 +145,21 @@ def denoising_loss(model, ids, prompt_len, generator):
     """
     rows, length = ids.shape
     t = (torch.arange(rows) + torch.rand(rows, generator=generator))[:, None] / rows  # (B, 1)
-    masked = (torch.rand(ids.shape, generator=generator) < t) & (torch.arange(length) >= prompt_len[:, None])  # (B, L)
-    logits = model(input_ids=ids.masked_fill(masked, model.config.mask_token_id)).logits[masked]  # (M, V)
+    masked = (torch.rand(ids.shape, generator=generator) < t) & (
+        torch.arange(length) >= prompt_len[:, None]
+    )  # (B, L)
+    logits = model(input_ids=ids.masked_fill(masked, model.config.mask_token_id)).logits[
+        masked
+    ]  # (M, V)
     nll = cross_entropy(logits, ids[masked], reduction="none")  # (M,)
     return (nll / masked.sum(1, keepdim=True).expand_as(masked)[masked]).sum() / rows
 
 
 def pretrain(model, ids, prompt_len, generator):
     """Train `model` on ids (N, L) and prompt_len (N,) for PRETRAIN_STEPS, warm-up and cosine."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LR, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PRETRAIN_LR, betas=(0.9, 0.95), weight_decay=0.01
+    )
     for step in (bar := tqdm(range(1, PRETRAIN_STEPS + 1), desc="pretrain", unit=" steps")):
         warm, rest = min(1, step / 100), 0.5 + 0.5 * math.cos(math.pi * step / PRETRAIN_STEPS)
         optimizer.param_groups[0]["lr"] = PRETRAIN_LR * warm * rest
@@ -164,9 +192,14 @@ def build(folder, seed=0):
             file.writelines(json.dumps(row) + "\n" for row in problems(rng, rows, seen))
     rows = problems(rng, PRETRAIN_ROWS, seen)
     tokenizer = build_tokenizer([row[name] for row in rows for name in ("query", "response")])
-    special = {"mask_token_id": SPECIAL_TOKENS.index("<|mdm_mask|>"), "pad_token_id": tokenizer.pad_token_id}
+    special = {
+        "mask_token_id": SPECIAL_TOKENS.index("<|mdm_mask|>"),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     model = LLaDAModelLM(
-        LLaDAConfig(**SHAPE, **special, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+        LLaDAConfig(
+            **SHAPE, **special, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id
+        )
     )
     pretrain(model.train(), *encode(tokenizer, rows), generator)
     toy.write_model(model, tokenizer, os.path.join(partial, "model"))
@@ -174,9 +207,15 @@ def build(folder, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for model and data")
-    parser.add_argument("--seed", type=int, default=0, help="of problems, weights and noise (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="new folder for model and data"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of problems, weights and noise (%(default)s)"
+    )
     args = parser.parse_args()
     build(args.output, args.seed)
     print(f"built {args.output}/model and {args.output}/data")

@@ -80,13 +80,17 @@ def decode(
     device = model.get_input_embeddings().weight.device
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
     canvas = make_canvas(prompts, gen_length, mask_id, eos_id).to(device)  # (B, L)
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds or range(len(prompts))]
+    generators = [
+        torch.Generator(device).manual_seed(seed) for seed in seeds or range(len(prompts))
+    ]
     ends = torch.tensor([eos_id, eot_id], device=device)
     ended = torch.zeros(len(prompts), 1, dtype=torch.bool, device=device)
     blocks = gen_length // block_length
     schedule = spread(block_length, steps // blocks) if threshold is None else [None] * block_length
     for block in range(blocks):
-        active = starts[:, None] + torch.arange(block_length, device=device) + block * block_length  # (B, K)
+        active = (
+            starts[:, None] + torch.arange(block_length, device=device) + block * block_length
+        )  # (B, K)
         for count in schedule:
             masked = (canvas.gather(1, active) == mask_id) & ~ended  # (B, K)
             if not masked.any():
@@ -95,15 +99,23 @@ def decode(
             view = canvas[rows, : starts[rows].max() + gen_length]
             if watch:
                 watch(rows.tolist(), view)
-            logits = masked_logits(model, view, starts[rows] + gen_length, active[rows], masked[rows])  # (M, V)
+            logits = masked_logits(
+                model, view, starts[rows] + gen_length, active[rows], masked[rows]
+            )  # (M, V)
             if logits_eos_inf:
                 logits[:, eos_id] = -math.inf
             counts = masked.sum(1).tolist()  # of B, sum M
-            tokens, confidence = choose(logits, counts, generators, temperature, remasking)  # (M,) each
+            tokens, confidence = choose(
+                logits, counts, generators, temperature, remasking
+            )  # (M,) each
             del logits  # before the next forward needs the memory
             if confidence_eos_eot_inf:
-                confidence -= 1e6 * torch.isin(tokens, ends)  # behind all others, in their own order
-            commit(canvas, active, masked, tokens, most_confident(masked, confidence, count, threshold))
+                confidence -= 1e6 * torch.isin(
+                    tokens, ends
+                )  # behind all others, in their own order
+            commit(
+                canvas, active, masked, tokens, most_confident(masked, confidence, count, threshold)
+            )
         ended |= torch.isin(canvas.gather(1, active), ends).any(1, keepdim=True)
     return canvas.gather(1, starts[:, None] + torch.arange(gen_length, device=device)).cpu()
 
@@ -114,7 +126,9 @@ def check_settings(gen_length, block_length, steps, temperature, remasking, thre
         raise ValueError(f"gen_length {gen_length} is not divisible by block_length {block_length}")
     if threshold is None and (steps < 1 or steps % (gen_length // block_length)):
         blocks = gen_length // block_length
-        raise ValueError(f"steps {steps} is not divisible by the {blocks} blocks of {block_length} in {gen_length}")
+        raise ValueError(
+            f"steps {steps} is not divisible by the {blocks} blocks of {block_length} in {gen_length}"
+        )
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature {temperature} must be 0 or more")
     if remasking not in REMASKING:
@@ -148,9 +162,13 @@ def masked_logits(model, canvas, lengths, active, masked):
     row, pos = masked.nonzero()[:, 0], active[masked]  # (M,) each
     real = torch.arange(canvas.shape[1], device=canvas.device) < lengths[:, None]  # (R, L)
     head = model.get_output_embeddings()
-    with head.register_forward_pre_hook(lambda _, x: (x[0][row, pos],) if x[0].is_floating_point() else None):
+    with head.register_forward_pre_hook(
+        lambda _, x: (x[0][row, pos],) if x[0].is_floating_point() else None
+    ):
         logits = model(input_ids=canvas, attention_mask=None if real.all() else real.long()).logits
-    return (logits[row, pos] if logits.dim() == 3 else logits).float()  # a head tied to the embedding bypasses the hook
+    return (
+        logits[row, pos] if logits.dim() == 3 else logits
+    ).float()  # a head tied to the embedding bypasses the hook
 
 
 def choose(logits, counts, generators, temperature, remasking):
@@ -163,16 +181,22 @@ def choose(logits, counts, generators, temperature, remasking):
     own = list(zip(logits.split(counts), generators, strict=True))
     tokens = torch.cat([sample(part, temperature, generator) for part, generator in own])[:, None]
     if remasking == "random":
-        return tokens[:, 0], torch.cat([uniform((len(part),), generator) for part, generator in own])
+        return tokens[:, 0], torch.cat(
+            [uniform((len(part),), generator) for part, generator in own]
+        )
     chosen = logits.gather(1, tokens)
-    others = torch.cat([piece.logsumexp(1) for piece in logits.scatter_(1, tokens, -math.inf).split(PIECE)])
+    others = torch.cat(
+        [piece.logsumexp(1) for piece in logits.scatter_(1, tokens, -math.inf).split(PIECE)]
+    )
     return tokens[:, 0], (chosen[:, 0] - others).double()
 
 
 def sample(logits, temperature, generator):
     """Tokens (N,) from logits (N, V): with Gumbel noise, the argmax of exp(logits) / (-log u)^temperature."""
     if temperature > 0:
-        logits = logits.double() - temperature * torch.log(-torch.log(uniform(logits.shape, generator)))
+        logits = logits.double() - temperature * torch.log(
+            -torch.log(uniform(logits.shape, generator))
+        )
     return logits.argmax(-1)
 
 
@@ -205,15 +229,24 @@ def load_model(name, revision="main", device="cpu", dtype=torch.float32):
     Raises:
         SystemExit: if it cannot be loaded, or lacks weights.
     """
-    how = {"revision": revision, "trust_remote_code": True, "dtype": dtype, "device_map": {"": device}}
+    how = {
+        "revision": revision,
+        "trust_remote_code": True,
+        "dtype": dtype,
+        "device_map": {"": device},
+    }
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)
     except torch.OutOfMemoryError:
         sys.exit(f"--model {name}: {device} has too little memory for it; give another --device")
     except Exception as error:  # the hub, the folder and remote code fail in many ways
-        sys.exit(f"--model {name} cannot be loaded ({pt.first_line(error)}); give a hub id or a model folder")
+        sys.exit(
+            f"--model {name} cannot be loaded ({pt.first_line(error)}); give a hub id or a model folder"
+        )
     if missing := sorted(loaded["missing_keys"]):
-        sys.exit(f"--model {name}: {len(missing)} weights are missing, such as {missing[0]}; complete it")
+        sys.exit(
+            f"--model {name}: {len(missing)} weights are missing, such as {missing[0]}; complete it"
+        )
     return model.eval()
 
 
@@ -227,7 +260,9 @@ def special_ids(name, config, tokenizer, vocabulary):
     ids = {"mask_id": 126336 if mask_id is None else mask_id, "eos_id": eos_id}
     ids["eot_id"] = tokenizer.get_vocab().get("<|eot_id|>", eos_id)
     if eos_id is None or max(ids.values()) >= vocabulary:
-        sys.exit(f"--model {name}: its {vocabulary} ids do not have {ids}; give a masked diffusion model")
+        sys.exit(
+            f"--model {name}: its {vocabulary} ids do not have {ids}; give a masked diffusion model"
+        )
     return ids
 
 
@@ -244,7 +279,9 @@ def check_prompts(model, prompts, gen_length, mask_id, config):
 
 def encode_prompts(tokenizer, queries):
     """The ids of `queries` in MetaMath's prompt and the chat template, as pt.py makes them for training."""
-    prompts, _ = pt.render(tokenizer, pt.find_trailing_header(tokenizer), queries, ["answer"] * len(queries))
+    prompts, _ = pt.render(
+        tokenizer, pt.find_trailing_header(tokenizer), queries, ["answer"] * len(queries)
+    )
     return tokenizer(prompts, add_special_tokens=False)["input_ids"]
 
 
@@ -257,20 +294,49 @@ def answer_length(ids, eos_id, eot_id):
 def add_flags(parser):
     """The flags that this command and evaluate.py share: the model and how it decodes."""
     cuda = torch.cuda.is_available()
-    parser.add_argument("--model", required=True, help="checkpoint folder, base model folder or hub id")
-    parser.add_argument("--model_revision", default="main", help="of a hub model: branch, tag or commit (%(default)s)")
-    parser.add_argument("--gen_length", type=int, default=256, help="tokens of an answer at most (%(default)s)")
     parser.add_argument(
-        "--block_length", type=int, default=32, help="tokens; 0: one block, the whole answer (%(default)s)"
+        "--model", required=True, help="checkpoint folder, base model folder or hub id"
     )
-    parser.add_argument("--steps", type=int, default=128, help="denoising steps for the whole answer (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of Gumbel noise (%(default)s: none)")
-    parser.add_argument("--remasking", choices=REMASKING, default=REMASKING[0], help="(%(default)s)")
-    parser.add_argument("--threshold", type=float, help="commit all tokens above this probability; then no --steps")
-    parser.add_argument("--logits_eos_inf", action="store_true", help="never predict the end-of-text token")
-    parser.add_argument("--confidence_eos_eot_inf", action="store_true", help="commit end tokens last in their block")
-    parser.add_argument("--seed", type=int, default=0, help="of noise and random remasking (%(default)s)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if cuda else "float32")
+    parser.add_argument(
+        "--model_revision",
+        default="main",
+        help="of a hub model: branch, tag or commit (%(default)s)",
+    )
+    parser.add_argument(
+        "--gen_length", type=int, default=256, help="tokens of an answer at most (%(default)s)"
+    )
+    parser.add_argument(
+        "--block_length",
+        type=int,
+        default=32,
+        help="tokens; 0: one block, the whole answer (%(default)s)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=128, help="denoising steps for the whole answer (%(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="of Gumbel noise (%(default)s: none)"
+    )
+    parser.add_argument(
+        "--remasking", choices=REMASKING, default=REMASKING[0], help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--threshold", type=float, help="commit all tokens above this probability; then no --steps"
+    )
+    parser.add_argument(
+        "--logits_eos_inf", action="store_true", help="never predict the end-of-text token"
+    )
+    parser.add_argument(
+        "--confidence_eos_eot_inf",
+        action="store_true",
+        help="commit end tokens last in their block",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of noise and random remasking (%(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16" if cuda else "float32"
+    )
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="(%(default)s)")
 
 
@@ -294,10 +360,16 @@ def settings(parser, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_flags(parser)
-    parser.add_argument("--prompt", required=True, help="a question; pt.py's prompt is put around it")
-    parser.add_argument("--show", action="store_true", help="print every canvas, [MASK] as a square")
+    parser.add_argument(
+        "--prompt", required=True, help="a question; pt.py's prompt is put around it"
+    )
+    parser.add_argument(
+        "--show", action="store_true", help="print every canvas, [MASK] as a square"
+    )
     args = parser.parse_args()
     how = settings(parser, args)
     if not args.prompt.strip():
@@ -306,7 +378,9 @@ def main():
     tokenizer = pt.load_tokenizer(args.model, args.model_revision)
     prompts = encode_prompts(tokenizer, [args.prompt])
     model = load_model(args.model, args.model_revision, args.device, getattr(torch, args.dtype))
-    ids = special_ids(args.model, model.config, tokenizer, model.get_input_embeddings().num_embeddings)
+    ids = special_ids(
+        args.model, model.config, tokenizer, model.get_input_embeddings().num_embeddings
+    )
     check_prompts(args.model, prompts, how["gen_length"], ids["mask_id"], model.config)
     forwards = how["steps"] if args.threshold is None else how["gen_length"]
     bar = tqdm(total=forwards, unit=" forwards", desc="decode", disable=args.show)
@@ -314,7 +388,10 @@ def main():
     def watch(_, canvas):
         bar.update()
         if args.show:
-            spelled = ["\u25a1" if i == ids["mask_id"] else tokenizer.decode([i]) for i in canvas[0, len(prompts[0]) :]]
+            spelled = [
+                "\u25a1" if i == ids["mask_id"] else tokenizer.decode([i])
+                for i in canvas[0, len(prompts[0]) :]
+            ]
             print(f"--- forward {bar.n}\n{''.join(spelled)}")
 
     try:

@@ -27,7 +27,10 @@ from datasets import load_dataset
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, logging
 
-sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+sys.path[:0] = [
+    os.path.dirname(os.path.abspath(__file__)),
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+]
 
 import decode
 import grade
@@ -43,13 +46,21 @@ LIBRARIES = ("torch", "transformers", "math-verify", "sympy")
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     decode.add_flags(parser)
-    parser.add_argument("--dataset", required=True, help=f"{', '.join(BENCHMARKS)}, or a .jsonl file")
-    parser.add_argument("--output", required=True, metavar="DIR", help="for generations.jsonl and summary.json")
+    parser.add_argument(
+        "--dataset", required=True, help=f"{', '.join(BENCHMARKS)}, or a .jsonl file"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="for generations.jsonl and summary.json"
+    )
     parser.add_argument("--limit", type=int, help="the first problems only (all)")
-    parser.add_argument("--batch_size", type=int, default=16, help="answers at a time, per process (%(default)s)")
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="answers at a time, per process (%(default)s)"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's
     args = parser.parse_args(argv)
     if args.device == "cuda":  # of several, the launcher's
@@ -74,10 +85,17 @@ def read_problems(path):
             except json.JSONDecodeError as error:
                 wrong(number, f"is no JSON ({error}); give one object a line")
             query, gold = (
-                (row.get("query"), row.get("answer", row.get("response"))) if isinstance(row, dict) else (0, 0)
+                (row.get("query"), row.get("answer", row.get("response")))
+                if isinstance(row, dict)
+                else (0, 0)
             )
-            if not (isinstance(query, str) and query.strip() and isinstance(gold, str | int | float)):
-                wrong(number, f"has no text `query` with an `answer` or `response`: {line.strip()[:80]}")
+            if not (
+                isinstance(query, str) and query.strip() and isinstance(gold, str | int | float)
+            ):
+                wrong(
+                    number,
+                    f"has no text `query` with an `answer` or `response`: {line.strip()[:80]}",
+                )
             problems.append((query, str(gold)))
     return problems
 
@@ -91,19 +109,27 @@ def load_problems(dataset, limit):
     try:
         if dataset in BENCHMARKS:
             path, name, split, question, answer = BENCHMARKS[dataset]
-            problems = [(row[question], row[answer]) for row in load_dataset(path, name, split=split)]
+            problems = [
+                (row[question], row[answer]) for row in load_dataset(path, name, split=split)
+            ]
         else:
             problems = read_problems(dataset)
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"--dataset {dataset} cannot be read ({error}); give {', '.join(BENCHMARKS)}, or a .jsonl file")
+        sys.exit(
+            f"--dataset {dataset} cannot be read ({error}); give {', '.join(BENCHMARKS)}, or a .jsonl file"
+        )
     except Exception as error:  # the hub fails in many ways
-        sys.exit(f"--dataset {dataset} cannot be loaded ({pt.first_line(error)}); give a .jsonl file")
+        sys.exit(
+            f"--dataset {dataset} cannot be loaded ({pt.first_line(error)}); give a .jsonl file"
+        )
     if not problems:
         sys.exit(f"--dataset {dataset} has no problems")
     # an `answer` is a final answer, unless it is worked out, as GSM8K's are
     golds = [grade.final_answer(gold) or gold.strip() for _, gold in problems]
     if long := [i for i, gold in enumerate(golds, start=1) if not gold or "\n" in gold]:
-        sys.exit(f"--dataset {dataset}: problem {long[0]} has no final answer: {problems[long[0] - 1][1][-80:]!r}")
+        sys.exit(
+            f"--dataset {dataset}: problem {long[0]} has no final answer: {problems[long[0] - 1][1][-80:]!r}"
+        )
     return [(query, gold) for (query, _), gold in zip(problems, golds, strict=True)][:limit]
 
 
@@ -133,10 +159,14 @@ def load_config(name, revision):
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
         with init_empty_weights():
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=True, code_revision=revision)
+            skeleton = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=True, code_revision=revision
+            )
         return config, skeleton.get_input_embeddings().num_embeddings
     except Exception as error:  # the hub, the folder and remote code fail in many ways
-        sys.exit(f"--model {name} cannot be loaded ({pt.first_line(error)}); give a hub id or a model folder")
+        sys.exit(
+            f"--model {name} cannot be loaded ({pt.first_line(error)}); give a hub id or a model folder"
+        )
 
 
 def model_identity(name, config):
@@ -150,8 +180,16 @@ def model_identity(name, config):
 
 def describe(args, how, config, special, prompts, golds):
     """All that can change an answer or its verdict, as JSON has it, without paths and times; and versions beside it."""
-    settings = dict(how) | special | {name: getattr(args, name) for name in ("seed", "batch_size", "dtype")}
-    settings |= {"device": args.device.partition(":")[0], "count": len(prompts), "prompt": pt.PROMPT}
+    settings = (
+        dict(how)
+        | special
+        | {name: getattr(args, name) for name in ("seed", "batch_size", "dtype")}
+    )
+    settings |= {
+        "device": args.device.partition(":")[0],
+        "count": len(prompts),
+        "prompt": pt.PROMPT,
+    }
     problems = (f"{ids} {gold}" for ids, gold in zip(prompts, golds, strict=True))
     settings |= {"problems_sha256": digest(*problems), "model": model_identity(args.model, config)}
     begun = {"settings": settings, "versions": {library: version(library) for library in LIBRARIES}}
@@ -190,7 +228,9 @@ def claim(folder, begun):
     with locked(folder, mend=False) as generations:
         for other in (generations, os.path.join(folder, "summary.json")):
             if os.path.exists(other) and not os.path.exists(path):
-                sys.exit(f"--output {folder} has a {os.path.basename(other)} but no settings.json; give another folder")
+                sys.exit(
+                    f"--output {folder} has a {os.path.basename(other)} but no settings.json; give another folder"
+                )
         if not os.path.exists(generations):
             write_json(path, begun)
         try:
@@ -201,8 +241,12 @@ def claim(folder, begun):
             sys.exit(f"{path} is damaged, or not of an evaluation; give another folder")
     differ = [name for name in flat[0] | flat[1] if flat[0].get(name) != flat[1].get(name)]
     if differ:
-        changes = ", ".join(f"{name} {flat[0].get(name)!r}, now {flat[1].get(name)!r}" for name in differ)
-        sys.exit(f"--output {folder} is an evaluation with other settings: {changes}; give the same, or another folder")
+        changes = ", ".join(
+            f"{name} {flat[0].get(name)!r}, now {flat[1].get(name)!r}" for name in differ
+        )
+        sys.exit(
+            f"--output {folder} is an evaluation with other settings: {changes}; give the same, or another folder"
+        )
 
 
 def read_generations(path):
@@ -238,7 +282,9 @@ def check_padding(args, model, prompts):
     mask[:, -8:] = 0
     one, other = model(input_ids=padded, attention_mask=mask).logits[:, : ids.shape[1]].float()
     if (one - other).abs().max() > 1e-3 * one.abs().max():
-        sys.exit(f"--model {args.model} ignores attention_mask, so that padding would change answers; --batch_size 1")
+        sys.exit(
+            f"--model {args.model} ignores attention_mask, so that padding would change answers; --batch_size 1"
+        )
 
 
 def generate(args, how, model, tokenizer, special, prompts, queries):
@@ -255,7 +301,12 @@ def generate(args, how, model, tokenizer, special, prompts, queries):
         records = answer(batch, how, model, tokenizer, special, prompts, args.seed)
         with locked(args.output) as path, open(path, "a", encoding="utf-8") as file:
             new = [record for record in records if record["index"] not in read_generations(path)]
-            file.write("".join(json.dumps(record | {"query": queries[record["index"]]}) + "\n" for record in new))
+            file.write(
+                "".join(
+                    json.dumps(record | {"query": queries[record["index"]]}) + "\n"
+                    for record in new
+                )
+            )
             file.flush()
             os.fsync(file.fileno())
         bar.update(len(set(batch) - done))
@@ -271,13 +322,21 @@ def answer(batch, how, model, tokenizer, special, prompts, seed):
             forwards[row] += 1
 
     seeds = [seed << 32 | number for number in batch]
-    answers = decode.decode(model, [prompts[i] for i in batch], **how, **special, seeds=seeds, watch=watch)
+    answers = decode.decode(
+        model, [prompts[i] for i in batch], **how, **special, seeds=seeds, watch=watch
+    )
     seconds = (time.perf_counter() - start) / len(batch)
     records = []
     for row, (number, ids) in enumerate(zip(batch, answers, strict=True)):
         tokens = decode.answer_length(ids, special["eos_id"], special["eot_id"])
         text = tokenizer.decode(ids[:tokens], skip_special_tokens=True).strip()
-        record = {"index": number, "text": text, "tokens": tokens, "forwards": forwards[row], "seconds": seconds}
+        record = {
+            "index": number,
+            "text": text,
+            "tokens": tokens,
+            "forwards": forwards[row],
+            "seconds": seconds,
+        }
         records.append(record)
     return records
 
@@ -288,7 +347,10 @@ def answer(batch, how, model, tokenizer, special, prompts, seed):
 def interval_95(right, count):
     """Wilson's 95 % interval of a share, `right` of `count`."""
     z, share = 1.959964, right / count
-    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    middle, half = (
+        share + z * z / (2 * count),
+        z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2),
+    )
     return [min(1.0, max(0.0, (middle + sign * half) / (1 + z * z / count))) for sign in (-1, 1)]
 
 
@@ -299,7 +361,9 @@ def finish(folder, golds, begun):
         records = read_generations(path)
         if len(records) < len(golds):
             return None
-        if not os.path.exists(summary) or any("correct" not in record for record in records.values()):
+        if not os.path.exists(summary) or any(
+            "correct" not in record for record in records.values()
+        ):
             graded = grade_all([records[number] for number in range(len(golds))], golds)
             with open(f"{path}.partial", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in graded)
@@ -316,7 +380,11 @@ def grade_all(records, golds):
     graded = []
     for record, (text, gold), verdict in zip(records, pairs, verdicts, strict=True):
         found = {"gold": gold, "prediction": grade.final_answer(text), "correct": bool(verdict)}
-        graded.append(record | found | {"ungraded": verdict is None, "exact_match": grade.exact_match(text, gold)})
+        graded.append(
+            record
+            | found
+            | {"ungraded": verdict is None, "exact_match": grade.exact_match(text, gold)}
+        )
     return graded
 
 
@@ -325,7 +393,11 @@ def summarize(records, begun):
     total = lambda name: sum(record[name] for record in records)
     count, tokens = len(records), total("tokens")
     figures = {"accuracy": total("correct") / count, "exact_match": total("exact_match") / count}
-    figures |= {"interval_95": interval_95(total("correct"), count), "count": count, "ungraded": total("ungraded")}
+    figures |= {
+        "interval_95": interval_95(total("correct"), count),
+        "count": count,
+        "ungraded": total("ungraded"),
+    }
     figures |= {"tokens": tokens, "forwards": total("forwards"), "seconds": total("seconds")}
     return figures | {"tokens_per_second": tokens / total("seconds")} | begun
 
@@ -341,29 +413,45 @@ def main(argv=None):
         grade.check()
         tokenizer = pt.load_tokenizer(args.model, args.model_revision)
         prompts = decode.encode_prompts(tokenizer, queries)
-        with locked(args.output, mend=False):  # the model's code is copied to a cache, by one process at a time
+        with locked(
+            args.output, mend=False
+        ):  # the model's code is copied to a cache, by one process at a time
             config, vocabulary = load_config(args.model, args.model_revision)
         special = decode.special_ids(args.model, config, tokenizer, vocabulary)
         decode.check_prompts(args.model, prompts, how["gen_length"], special["mask_id"], config)
         begun = describe(args, how, config, special, prompts, golds)
         claim(args.output, begun)
-        model = decode.load_model(args.model, args.model_revision, args.device, getattr(torch, args.dtype))
+        model = decode.load_model(
+            args.model, args.model_revision, args.device, getattr(torch, args.dtype)
+        )
         check_padding(args, model, prompts)
         generate(args, how, model, tokenizer, special, prompts, queries)
         summary = finish(args.output, golds, begun)
     except torch.OutOfMemoryError:
         sys.exit(f"out of memory at --batch_size {args.batch_size}; give a lower one")
     except OSError as error:
-        sys.exit(f"--output {args.output} cannot be written ({error}); the same command goes on when it can")
+        sys.exit(
+            f"--output {args.output} cannot be written ({error}); the same command goes on when it can"
+        )
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on")
     if summary is None:
-        print(f"{args.output}: this process has done its part; others have not, or are still to be started")
+        print(
+            f"{args.output}: this process has done its part; others have not, or are still to be started"
+        )
     else:
         low, high = summary["interval_95"]
-        print(f"{args.output}: accuracy {summary['accuracy']:.1%}, 95 % interval {low:.1%} to {high:.1%}")
-        print("exact match {exact_match:.1%}, {count} answers, {ungraded} ungraded".format(**summary))
-        print("{tokens:,} tokens, {forwards:,} forwards, {tokens_per_second:.0f} tokens/s each".format(**summary))
+        print(
+            f"{args.output}: accuracy {summary['accuracy']:.1%}, 95 % interval {low:.1%} to {high:.1%}"
+        )
+        print(
+            "exact match {exact_match:.1%}, {count} answers, {ungraded} ungraded".format(**summary)
+        )
+        print(
+            "{tokens:,} tokens, {forwards:,} forwards, {tokens_per_second:.0f} tokens/s each".format(
+                **summary
+            )
+        )
     return summary
 
 

@@ -23,7 +23,9 @@ def final_answer(text):
     """What the last "The answer is", "####" or \\boxed{} in `text` says, up to a full stop; None without any."""
     for mark in reversed(list(MARKS.finditer(text))):
         rest = text[mark.end() :]
-        answer = up_to_brace(rest) if mark[0] == "\\boxed{" else re.split(r"\.?(?:\n|$)|\.\s", rest)[0]
+        answer = (
+            up_to_brace(rest) if mark[0] == "\\boxed{" else re.split(r"\.?(?:\n|$)|\.\s", rest)[0]
+        )
         if answer is not None:
             return answer.strip()
     return None
@@ -73,7 +75,12 @@ def grade(pairs):
 
 def grade_in_a_process(pairs):
     """Yields verdicts until all are given or the process has ended."""
-    how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "bufsize": 0}
+    how = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.DEVNULL,
+        "bufsize": 0,
+    }
     with subprocess.Popen([sys.executable, __file__], **how) as process:
         for pair in pairs:
             try:
@@ -89,7 +96,9 @@ def grade_in_a_process(pairs):
 def check():
     """Raises SystemExit if math-verify does not work here."""
     if list(grade([("1", "1"), ("1", "2")])) != [True, False]:
-        sys.exit(f'math-verify does not work here; try `echo \'["1", "1"]\' | {sys.executable} {__file__}`')
+        sys.exit(
+            f'math-verify does not work here; try `echo \'["1", "1"]\' | {sys.executable} {__file__}`'
+        )
 
 
 def main():

@@ -21,7 +21,23 @@ matplotlib.use("Agg")  # files, no window
 from matplotlib import pyplot
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (tables in any statistics book)
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+T_975 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+)
 
 
 def mean_interval(values):
@@ -44,9 +60,13 @@ def read_csv(path, columns):
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"{path} cannot be read ({error}); give a CSV that a training run or a study wrote")
+        sys.exit(
+            f"{path} cannot be read ({error}); give a CSV that a training run or a study wrote"
+        )
     if missing := [column for column in columns if not rows or rows[0].get(column) is None]:
-        sys.exit(f"{path} has no lines, or no column {missing[0]}; give a CSV that a training run or a study wrote")
+        sys.exit(
+            f"{path} has no lines, or no column {missing[0]}; give a CSV that a training run or a study wrote"
+        )
     return rows
 
 
@@ -101,12 +121,22 @@ def draw_studies(rows, folder):
     for study in dict.fromkeys(row["study"] for row in rows):
         own = [row for row in rows if row["study"] == study]
         labels = list(dict.fromkeys(label(row) for row in own if row["method"] != "base"))
-        blocks, tokens = (sorted({int(row[name]) for row in own}) for name in ("block_length", "tokens_per_step"))
+        blocks, tokens = (
+            sorted({int(row[name]) for row in own}) for name in ("block_length", "tokens_per_step")
+        )
         size = (len(tokens) * (1.1 + 0.75 * len(labels)), 2.8 * len(blocks))
-        figure, panels = pyplot.subplots(len(blocks), len(tokens), figsize=size, squeeze=False, layout="constrained")
+        figure, panels = pyplot.subplots(
+            len(blocks), len(tokens), figsize=size, squeeze=False, layout="constrained"
+        )
         for axes, way in zip(panels.flat, product(blocks, tokens), strict=True):
             draw_panel(
-                axes, [row for row in own if (int(row["block_length"]), int(row["tokens_per_step"])) == way], labels
+                axes,
+                [
+                    row
+                    for row in own
+                    if (int(row["block_length"]), int(row["tokens_per_step"])) == way
+                ],
+                labels,
             )
             axes.set_title("decoding block {}, {} tokens a step".format(*way), fontsize="small")
         figure.supylabel("accuracy (%)", fontsize="medium")
@@ -128,15 +158,26 @@ def draw_panel(axes, rows, labels):
         values = [100 * float(row["accuracy"]) for row in rows if label(row) == text]
         if values:
             mean, half = mean_interval(values)
-            axes.errorbar(place, mean, 0 if math.isnan(half) else half, fmt="o", color=f"C{place}", capsize=4)
-            axes.plot([place + 0.15] * len(values), values, ".", color=f"C{place}", alpha=0.5, markersize=4)
+            axes.errorbar(
+                place, mean, 0 if math.isnan(half) else half, fmt="o", color=f"C{place}", capsize=4
+            )
+            axes.plot(
+                [place + 0.15] * len(values),
+                values,
+                ".",
+                color=f"C{place}",
+                alpha=0.5,
+                markersize=4,
+            )
     axes.set_xticks(range(len(labels)), labels, fontsize="xx-small")
     axes.set_xlim(-0.5, len(labels) - 0.5)
     axes.tick_params(axis="y", labelsize="x-small")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     kinds = parser.add_subparsers(dest="kind", required=True)
     losses = kinds.add_parser("losses", help="of train_loss.csv files")
     losses.add_argument("csv", nargs="+", help="train_loss.csv of a run")
@@ -151,7 +192,9 @@ def main():
             parser.error(f"--smooth {args.smooth}: must be at least 1")
         print(f"wrote {draw_losses(args.csv, args.output, args.smooth)}")
         return
-    rows = read_csv(args.csv, ("study", "method", "setting", "block_length", "tokens_per_step", "accuracy"))
+    rows = read_csv(
+        args.csv, ("study", "method", "setting", "block_length", "tokens_per_step", "accuracy")
+    )
     for column in ("block_length", "tokens_per_step", "accuracy"):
         numbers(args.csv, rows, column)
     try:

@@ -53,35 +53,74 @@ COLUMNS = (
     "loss supervised_tokens train_steps seconds decoding_seconds model"
 ).split()
 # What is not given: the paper's, or the toy's
-PAPER = {"steps": 200, "block_size": 32, "block_sizes": [8, 32, 128], "gen_length": 256, "tokens_per_step": [2]}
-TOY = {"steps": 400, "block_size": 16, "block_sizes": [8, 16, 32], "gen_length": 64, "tokens_per_step": [2, 4, 8]}
+PAPER = {
+    "steps": 200,
+    "block_size": 32,
+    "block_sizes": [8, 32, 128],
+    "gen_length": 256,
+    "tokens_per_step": [2],
+}
+TOY = {
+    "steps": 400,
+    "block_size": 16,
+    "block_sizes": [8, 16, 32],
+    "gen_length": 64,
+    "tokens_per_step": [2, 4, 8],
+}
 PAPER_CONSTANTS = {"MAX_SAMPLES": 20000}  # of both methods: as many rows as pt.py keeps
-TOY_CONSTANTS = {"MICRO_BSIZE": 16, "LR": 1e-3, "LORA_RANK": 16, "MAX_LEN": 112, "MAX_SAMPLES": 8000}
+TOY_CONSTANTS = {
+    "MICRO_BSIZE": 16,
+    "LR": 1e-3,
+    "LORA_RANK": 16,
+    "MAX_LEN": 112,
+    "MAX_SAMPLES": 8000,
+}
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"{', '.join(STUDIES)} (all)")
-    parser.add_argument("--output", default=os.path.join(EXPERIMENTS, "runs", "study"), help="(%(default)s)")
+    parser.add_argument(
+        "--output", default=os.path.join(EXPERIMENTS, "runs", "study"), help="(%(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="runs of each setting (%(default)s)")
     parser.add_argument("--model", help="base model, hub id or folder (a toy)")
     parser.add_argument("--data", help="what to train on: pt.py's --dataset (the toy's)")
     parser.add_argument("--test", help="what to evaluate on: evaluate.py's --dataset (the toy's)")
     parser.add_argument("--steps", type=int, help="optimizer steps (toy 400, else 200)")
     parser.add_argument("--block_size", type=int, help="training block, tokens (toy 16, else 32)")
-    parser.add_argument("--block_sizes", type=int, nargs="+", help="those of block-size (toy 8 16 32, else 8 32 128)")
-    parser.add_argument("--gen_length", type=int, help="of an answer (toy 64, else 256)")
-    parser.add_argument("--tokens_per_step", type=int, nargs="+", help="committed per forward (toy 2 4 8, else 2)")
-    parser.add_argument("--limit", type=int, help="test problems (all)")
-    parser.add_argument("--batch_size", type=int, default=100, help="answers decoded at a time (%(default)s)")
-    parser.add_argument("--constants", nargs="+", default=[], metavar="NAME=VALUE", help="of all training runs")
-    parser.add_argument("--num_gpus", type=int, default=1, help="of each run, through the launcher (%(default)s)")
-    jobs = 1 if torch.cuda.is_available() else os.cpu_count()
-    parser.add_argument("--jobs", type=int, default=jobs, help="runs at a time (one, or one a core: %(default)s)")
     parser.add_argument(
-        "--remove_checkpoints", action="store_true", help="of runs that are evaluated; 16 GB each at 8B"
+        "--block_sizes",
+        type=int,
+        nargs="+",
+        help="those of block-size (toy 8 16 32, else 8 32 128)",
+    )
+    parser.add_argument("--gen_length", type=int, help="of an answer (toy 64, else 256)")
+    parser.add_argument(
+        "--tokens_per_step", type=int, nargs="+", help="committed per forward (toy 2 4 8, else 2)"
+    )
+    parser.add_argument("--limit", type=int, help="test problems (all)")
+    parser.add_argument(
+        "--batch_size", type=int, default=100, help="answers decoded at a time (%(default)s)"
+    )
+    parser.add_argument(
+        "--constants", nargs="+", default=[], metavar="NAME=VALUE", help="of all training runs"
+    )
+    parser.add_argument(
+        "--num_gpus", type=int, default=1, help="of each run, through the launcher (%(default)s)"
+    )
+    jobs = 1 if torch.cuda.is_available() else os.cpu_count()
+    parser.add_argument(
+        "--jobs", type=int, default=jobs, help="runs at a time (one, or one a core: %(default)s)"
+    )
+    parser.add_argument(
+        "--remove_checkpoints",
+        action="store_true",
+        help="of runs that are evaluated; 16 GB each at 8B",
     )
     return check_args(parser, parser.parse_args(argv))
 
@@ -90,16 +129,35 @@ def check_args(parser, args):
     """`args` with what is not given; ends with a message if something cannot be."""
     if unknown := [study for study in args.studies if study not in STUDIES]:
         parser.error(f"{unknown[0]}: no study; give some of {', '.join(STUDIES)}")
-    for name in ("seeds", "steps", "block_size", "gen_length", "limit", "batch_size", "num_gpus", "jobs"):
+    for name in (
+        "seeds",
+        "steps",
+        "block_size",
+        "gen_length",
+        "limit",
+        "batch_size",
+        "num_gpus",
+        "jobs",
+    ):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    if (given := [f"--{name}" for name in ("model", "data", "test") if getattr(args, name)]) and len(given) < 3:
-        parser.error(f"{', '.join(given)} alone: a base of your own needs --model, --data and --test")
+    if (
+        given := [f"--{name}" for name in ("model", "data", "test") if getattr(args, name)]
+    ) and len(given) < 3:
+        parser.error(
+            f"{', '.join(given)} alone: a base of your own needs --model, --data and --test"
+        )
     for name, value in (PAPER if args.model else TOY).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if wrong := [length for length in {args.block_size, *args.block_sizes} if length < 1 or args.gen_length % length]:
-        parser.error(f"--gen_length {args.gen_length} is not divisible by the block of {wrong[0]} tokens")
+    if wrong := [
+        length
+        for length in {args.block_size, *args.block_sizes}
+        if length < 1 or args.gen_length % length
+    ]:
+        parser.error(
+            f"--gen_length {args.gen_length} is not divisible by the block of {wrong[0]} tokens"
+        )
     if wrong := [number for number in args.tokens_per_step if number < 1]:
         parser.error(f"--tokens_per_step {wrong[0]}: must be at least 1")
     args.studies = args.studies or STUDIES
@@ -112,12 +170,26 @@ def check_args(parser, args):
 
 def read_constants(parser, words):
     """{NAME: text} of NAME=VALUE; what belongs to a study or to its bookkeeping is refused."""
-    own = {"SEED", "CKPT_DIR", "PT_FILE", "MODEL_NAME", "TOTAL_TRAIN_STEPS", "BLOCK_SIZE", "SAVE_EVERY"}
+    own = {
+        "SEED",
+        "CKPT_DIR",
+        "PT_FILE",
+        "MODEL_NAME",
+        "TOTAL_TRAIN_STEPS",
+        "BLOCK_SIZE",
+        "SAVE_EVERY",
+    }
     constants = {}
     for word in words:
         name, equals, value = word.partition("=")
-        if not equals or name in own or not all(name in trainer.CONSTANTS for trainer in TRAINERS.values()):
-            parser.error(f"--constants {word}: not NAME=VALUE of a constant of both trainers that no study sets")
+        if (
+            not equals
+            or name in own
+            or not all(name in trainer.CONSTANTS for trainer in TRAINERS.values())
+        ):
+            parser.error(
+                f"--constants {word}: not NAME=VALUE of a constant of both trainers that no study sets"
+            )
         constants[name] = value
     return constants
 
@@ -131,7 +203,12 @@ def make_cell(args, lengths, study, method, setting="", blocks=None, **changed):
     constants = {"TOTAL_TRAIN_STEPS": min(args.steps, available_steps(args, lengths, largest))}
     if method == "blockwise":
         constants["BLOCK_SIZE"] = args.block_size
-    named = {"study": study, "method": method, "setting": setting, "blocks": blocks or [args.block_size]}
+    named = {
+        "study": study,
+        "method": method,
+        "setting": setting,
+        "blocks": blocks or [args.block_size],
+    }
     return named | {"constants": constants | changed}
 
 
@@ -145,7 +222,10 @@ def make_cells(args, lengths):
 
     def vary(study, name, values, methods=("blockwise",), blocks=None):
         pairs = product(methods, values)
-        return [cell(study, method, f"{name}={value}", blocks, **{name: value}) for method, value in pairs]
+        return [
+            cell(study, method, f"{name}={value}", blocks, **{name: value})
+            for method, value in pairs
+        ]
 
     blockwise = cell("equal-tokens", "blockwise")
     fewer = equal_token_steps(blockwise["constants"]["TOTAL_TRAIN_STEPS"], lengths, args.block_size)
@@ -174,7 +254,9 @@ def equal_token_steps(steps, lengths, block_size):
 
     Both mask with t ~ U(0, 1): a blockwise draw half a block, a full-sequence draw half an answer.
     """
-    block = sum(length / -(-length // block_size) for length in lengths)  # the mean over an answer's blocks
+    block = sum(
+        length / -(-length // block_size) for length in lengths
+    )  # the mean over an answer's blocks
     return max(1, round(steps * block / sum(lengths)))
 
 
@@ -186,7 +268,10 @@ def prepare(args):
     """
     select = []  # pt.py's own choice of rows
     if not args.model:
-        base, select = os.path.join(args.output, "base"), ["--max_samples", "0", "--filter_type", ""]
+        base, select = (
+            os.path.join(args.output, "base"),
+            ["--max_samples", "0", "--filter_type", ""],
+        )
         if not os.path.exists(os.path.join(base, "model")):
             chains.build(base)
         args.model, args.data, args.test = (
@@ -200,8 +285,14 @@ def prepare(args):
     content = evaluate.file_digest(args.data) if os.path.isfile(args.data) else ""
     pt_file = os.path.join(args.output, f"train-{evaluate.digest(model, content, *words)[:8]}.pt")
     if not os.path.exists(pt_file):
-        toy.launch([sys.executable, os.path.join(SUITE, "pt.py"), *words, "--output", pt_file], os.getcwd())
-    constants = {"MODEL_NAME": args.model, "PT_FILE": pt_file, "MASK_ID": getattr(config, "mask_token_id", 126336)}
+        toy.launch(
+            [sys.executable, os.path.join(SUITE, "pt.py"), *words, "--output", pt_file], os.getcwd()
+        )
+    constants = {
+        "MODEL_NAME": args.model,
+        "PT_FILE": pt_file,
+        "MASK_ID": getattr(config, "mask_token_id", 126336),
+    }
     args.decoding = evaluate.digest(problems)[:8]
     args.identity = f"{os.path.basename(args.model)}-{evaluate.digest(model)[:8]}"
     rows = torch.load(pt_file)[: int(args.constants["MAX_SAMPLES"])]
@@ -217,9 +308,13 @@ def make_runs(args, cells, common, identity):
         cell["runs"] = []
         for seed in range(1, args.seeds + 1) if cell["method"] != "base" else ["base"]:
             own = cell["constants"] | {"SEED": seed} if seed != "base" else {}
-            key = evaluate.digest(identity, str(args.num_gpus), all_constants(cell["method"], common | own))[:8]
+            key = evaluate.digest(
+                identity, str(args.num_gpus), all_constants(cell["method"], common | own)
+            )[:8]
             folder = os.path.join(args.output, f"{cell['method']}-seed{seed}-{key}")
-            run = runs.setdefault(folder, {"folder": folder, "method": cell["method"], "blocks": set()})
+            run = runs.setdefault(
+                folder, {"folder": folder, "method": cell["method"], "blocks": set()}
+            )
             run["constants"] = common | own
             run["blocks"] |= set(cell["blocks"])
             cell["runs"].append((seed, folder))
@@ -230,14 +325,20 @@ def all_constants(method, given):
     """All constants that decide a run's result, as text; those that are not `given` have the script's values."""
     if method == "base":
         return ""
-    constants = {name: getattr(TRAINERS[method], name) for name in TRAINERS[method].CONSTANTS} | given
+    constants = {
+        name: getattr(TRAINERS[method], name) for name in TRAINERS[method].CONSTANTS
+    } | given
     places = ("MODEL_NAME", "PT_FILE", "CKPT_DIR")
-    return json.dumps(sorted((name, str(value)) for name, value in constants.items() if name not in places))
+    return json.dumps(
+        sorted((name, str(value)) for name, value in constants.items() if name not in places)
+    )
 
 
 def decoding_folder(folder, args, block_length, tokens_per_step):
     """Where the evaluation of a run is: its name has what decides it."""
-    return f"{folder}/gen{args.gen_length}-block{block_length}-tokens{tokens_per_step}-{args.decoding}"
+    return (
+        f"{folder}/gen{args.gen_length}-block{block_length}-tokens{tokens_per_step}-{args.decoding}"
+    )
 
 
 # ---------------------------------------------------------------------------- doing it
@@ -250,12 +351,18 @@ def do_all(runs, args):
     """
     context, failed = get_context("spawn"), []
     batches = [[run for run in runs if (run["method"] == "base") == base] for base in (True, False)]
-    with ProcessPoolExecutor(args.jobs, context, initializer=begin_worker, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(
+        args.jobs, context, initializer=begin_worker, initargs=(os.getpid(),)
+    ) as pool:
         try:
             for batch in batches:
                 waiting = {pool.submit(do, run, args): run for run in batch} if not failed else {}
                 done = tqdm(as_completed(waiting), total=len(waiting), unit=" runs", desc="study")
-                failed += [f"{waiting[run]['folder']}: {run.exception()}" for run in done if run.exception()]
+                failed += [
+                    f"{waiting[run]['folder']}: {run.exception()}"
+                    for run in done
+                    if run.exception()
+                ]
         except KeyboardInterrupt:
             for process in pool._processes.values():
                 process.terminate()
@@ -295,7 +402,11 @@ def execute(command, args, log):
     """Run a script of the suite, its output in `log`; returns its exit status."""
     threads = str(max(1, os.cpu_count() // args.jobs))
     scripts = os.path.dirname(sys.executable)
-    environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": threads}
+    environment = {
+        **os.environ,
+        "PATH": scripts + os.pathsep + os.environ["PATH"],
+        "OMP_NUM_THREADS": threads,
+    }
     return subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
 
 
@@ -303,13 +414,17 @@ def train(run, args, log):
     """Train `run` to its end, whether it was begun before or not; returns its checkpoint. Raises SystemExit."""
     prefix = f"{run['folder']}/ckpt"
     words = [word for name, value in run["constants"].items() for word in (f"--{name}", str(value))]
-    for _ in range(2):  # a second time, if the trainer of a study that was killed is in the way of the first
+    for _ in range(
+        2
+    ):  # a second time, if the trainer of a study that was killed is in the way of the first
         with suppress(FileNotFoundError), open(f"{prefix}_state/lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not os.path.exists(f"{prefix}_state") and glob(f"{escape(prefix)}_step*"):
             return max(glob(f"{escape(prefix)}_step*"))
         start = toy.launcher(args.num_gpus) if args.num_gpus > 1 else [sys.executable]
-        execute([*start, f"{SUITE}/train_{run['method']}.py", *words, "--CKPT_DIR", prefix], args, log)
+        execute(
+            [*start, f"{SUITE}/train_{run['method']}.py", *words, "--CKPT_DIR", prefix], args, log
+        )
         note_seconds(run["folder"])
     if os.path.exists(f"{prefix}_state") or not glob(f"{escape(prefix)}_step*"):
         sys.exit(f"train_{run['method']}.py failed")
@@ -320,7 +435,9 @@ def note_seconds(folder):
     """Keep the seconds of a training from its last start to its last step, as the times of files change in copies."""
     start, end = (f"{folder}/ckpt_logs/{name}" for name in ("run_config.json", "train_loss.csv"))
     if os.path.exists(start) and os.path.exists(end):
-        evaluate.write_json(f"{folder}/seconds.json", round(os.path.getmtime(end) - os.path.getmtime(start), 1))
+        evaluate.write_json(
+            f"{folder}/seconds.json", round(os.path.getmtime(end) - os.path.getmtime(start), 1)
+        )
 
 
 def measure(model, output, block_length, tokens_per_step, args, log):
@@ -346,8 +463,15 @@ def collect(args, cells):
     """The lines of results.csv, from what the runs have left; those of decodings that are missing are left out."""
     rows = []
     for cell in cells:
-        for (seed, folder), block_length, way in product(cell["runs"], cell["blocks"], args.tokens_per_step):
-            how = {"seed": seed, "block_length": block_length, "tokens_per_step": way, "gen_length": args.gen_length}
+        for (seed, folder), block_length, way in product(
+            cell["runs"], cell["blocks"], args.tokens_per_step
+        ):
+            how = {
+                "seed": seed,
+                "block_length": block_length,
+                "tokens_per_step": way,
+                "gen_length": args.gen_length,
+            }
             how["model"] = args.identity
             path = f"{decoding_folder(folder, args, block_length, way)}/summary.json"
             with suppress(FileNotFoundError), open(path) as file:
@@ -371,7 +495,10 @@ def training_of(folder):
     seconds = ""
     with suppress(FileNotFoundError), open(f"{folder}/seconds.json") as file:
         seconds = json.load(file)
-    figures = {"loss": round(sum(last) / len(last), 4), "supervised_tokens": budget["supervised tokens"]}
+    figures = {
+        "loss": round(sum(last) / len(last), 4),
+        "supervised_tokens": budget["supervised tokens"],
+    }
     return figures | {"train_steps": budget["steps"], "seconds": seconds}
 
 
@@ -392,20 +519,32 @@ def write_results(path, rows, args):
 def print_table(rows):
     """Mean accuracy over the seeds with its 95 % interval, a line a setting, a column a number of tokens per step."""
     ways = sorted({row["tokens_per_step"] for row in rows})
-    names = ["study", "method", "setting", "decoding block", *(f"{way} a step" for way in ways), "supervised tokens"]
+    names = [
+        "study",
+        "method",
+        "setting",
+        "decoding block",
+        *(f"{way} a step" for way in ways),
+        "supervised tokens",
+    ]
     lines = {}
     for row in rows:
         key = (row["study"], row["method"], row["setting"], row["block_length"])
         lines.setdefault(key, []).append(row)
     table = [names]
     for key, group in lines.items():
-        by_way = [[100 * row["accuracy"] for row in group if row["tokens_per_step"] == way] for way in ways]
+        by_way = [
+            [100 * row["accuracy"] for row in group if row["tokens_per_step"] == way]
+            for way in ways
+        ]
         tokens = f"{group[0]['supervised_tokens']:,}" if group[0]["supervised_tokens"] else ""
         table.append([*map(str, key), *map(show, by_way), tokens])
     widths = [max(len(line[i]) for line in table) for i in range(len(names))]
     print("accuracy in %, mean over the seeds with its 95 % interval")
     for line in table:
-        print(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(
+            " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
 
 
 def print_differences(rows):
@@ -416,12 +555,20 @@ def print_differences(rows):
             group = accuracy.setdefault((row["study"], row["method"], row["setting"]), {})
             group[row["block_length"], row["tokens_per_step"], row["seed"]] = 100 * row["accuracy"]
     first = {}
-    print("\ndifference to the first setting of the study in points, seed by seed: mean with its 95 % interval")
+    print(
+        "\ndifference to the first setting of the study in points, seed by seed: mean with its 95 % interval"
+    )
     for (study, *rest), group in accuracy.items():
         reference = first.setdefault(study, group)
-        ways = list(dict.fromkeys(way[:2] for way in group if way in reference)) if group is not reference else ()
+        ways = (
+            list(dict.fromkeys(way[:2] for way in group if way in reference))
+            if group is not reference
+            else ()
+        )
         for way in ways:
-            pairs = [group[key] - reference[key] for key in group if key[:2] == way and key in reference]
+            pairs = [
+                group[key] - reference[key] for key in group if key[:2] == way and key in reference
+            ]
             print(
                 f"{study}: {' '.join(filter(None, rest))}, decoding block {way[0]}, {way[1]} a step: {show(pairs, '+')}"
             )
@@ -454,11 +601,15 @@ def main():
         print_differences(rows)
         print(f"see {', '.join([path, *plot.draw_studies(rows, args.output)])}")
     except OSError as error:
-        sys.exit(f"--output {args.output} cannot be written ({error}); the same command goes on when it can")
+        sys.exit(
+            f"--output {args.output} cannot be written ({error}); the same command goes on when it can"
+        )
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on")
     if failed:
-        sys.exit("\n".join([f"{len(failed)} runs failed; the same command tries them again", *failed]))
+        sys.exit(
+            "\n".join([f"{len(failed)} runs failed; the same command tries them again", *failed])
+        )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,13 @@ from pt import PROMPT
 TRAIN_ROWS, TEST_ROWS, PRETRAIN_ROWS = 800, 100, 4000
 BPE_TOKENS = 1500  # before the special tokens; the ids up to LLaDA's special tokens are fillers
 # The toy's model
-SHAPE = {"d_model": 96, "n_layers": 3, "n_heads": 4, "mlp_hidden_size": 256, "max_sequence_length": 1024}
+SHAPE = {
+    "d_model": 96,
+    "n_layers": 3,
+    "n_heads": 4,
+    "mlp_hidden_size": 256,
+    "max_sequence_length": 1024,
+}
 PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LEN, PRETRAIN_LR = 800, 8, 192, 2e-3
 # The toy's training runs: the suite's constants but for these
 RUN = {"MICRO_BSIZE": 4, "TOTAL_TRAIN_STEPS": 80, "LR": 2e-3, "LORA_RANK": 32}
@@ -51,15 +57,18 @@ DECODING = {"limit": 48, "gen_length": 128, "block_length": 32, "steps": 64}
 
 # ---------------------------------------------------------------------------- word problems
 
-NAMES = (
-    "Ada Ben Carla Diego Elif Femi Grace Hana Ivan Jia Karim Lena Mateo Nadia Omar Priya Quinn Rosa Sven Tara".split()
-)
+NAMES = "Ada Ben Carla Diego Elif Femi Grace Hana Ivan Jia Karim Lena Mateo Nadia Omar Priya Quinn Rosa Sven Tara".split()
 GOODS = "apples notebooks candles mugs postcards pencils roses lanterns scarves puzzles kites muffins".split()
 
 
 def shop(rng):
     name, item = rng.choice(NAMES), rng.choice(GOODS)
-    first, more, price, rent = rng.randint(5, 40), rng.randint(2, 20), rng.randint(2, 9), rng.randint(3, 12)
+    first, more, price, rent = (
+        rng.randint(5, 40),
+        rng.randint(2, 20),
+        rng.randint(2, 9),
+        rng.randint(3, 12),
+    )
     second, sold = first + more, 2 * first + more
     return (
         f"{name} has a market stall and sells {item} for ${price} each. On Saturday {name} sells {first} {item}, "
@@ -76,7 +85,12 @@ def shop(rng):
 
 
 def savings(rng):
-    name, weeks, pocket, chores = rng.choice(NAMES), rng.randint(3, 12), rng.randint(4, 15), rng.randint(2, 9)
+    name, weeks, pocket, chores = (
+        rng.choice(NAMES),
+        rng.randint(3, 12),
+        rng.randint(4, 15),
+        rng.randint(2, 9),
+    )
     spent, gift = rng.randint(3, 20), rng.randint(10, 50)
     weekly = pocket + chores
     saved = weekly * weeks
@@ -151,7 +165,12 @@ def bakery(rng):
 
 
 def garden(rng):
-    name, length, width, price = rng.choice(NAMES), rng.randint(6, 30), rng.randint(3, 20), rng.randint(2, 9)
+    name, length, width, price = (
+        rng.choice(NAMES),
+        rng.randint(6, 30),
+        rng.randint(3, 20),
+        rng.randint(2, 9),
+    )
     gate = rng.randint(1, 4)
     around = 2 * (length + width)
     return (
@@ -169,7 +188,12 @@ def garden(rng):
 
 
 TOPICS = (shop, savings, journey, shelves, bakery, garden)
-KINDS = ("MATH_AnsAug", "MATH_Rephrased", "MATH_SV", "GSM_AnsAug")  # pt.py leaves out the GSM types by default
+KINDS = (
+    "MATH_AnsAug",
+    "MATH_Rephrased",
+    "MATH_SV",
+    "GSM_AnsAug",
+)  # pt.py leaves out the GSM types by default
 
 
 def word_problems(rng, rows, seen):
@@ -180,7 +204,12 @@ def word_problems(rng, rows, seen):
         if query not in seen:
             seen.add(query)
             response = "\n".join(steps) + f"\n#### {answer}\nThe answer is: {answer}"
-            row = {"type": rng.choice(KINDS), "query": query, "original_question": query, "response": response}
+            row = {
+                "type": rng.choice(KINDS),
+                "query": query,
+                "original_question": query,
+                "response": response,
+            }
             problems.append(row)
     return problems
 
@@ -217,7 +246,9 @@ def build_tokenizer(texts):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=BPE_TOKENS, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=BPE_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     learnt = json.loads(tokenizer.to_str())["model"]
     first, last = min(SPECIAL_TOKENS), max(SPECIAL_TOKENS)
@@ -225,8 +256,14 @@ def build_tokenizer(texts):
     tokenizer.model = models.BPE(vocab=vocab, merges=[tuple(pair) for pair in learnt["merges"]])
     tokenizer.decoder = decoders.ByteLevel()
     specials = [SPECIAL_TOKENS.get(i, f"<|reserved_{i}|>") for i in range(first, last + 1)]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
-    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in specials]
+    )
+    names = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **names)
 
 
@@ -244,7 +281,9 @@ def pretrain(tokenizer, texts, generator):
     row_of[used] = torch.arange(len(used))
     rows = row_of[encode_padded(tokenizer, texts)]  # (documents, PRETRAIN_LEN)
     model = LLaDAModelLM(LLaDAConfig(**SHAPE, vocab_size=len(used) + 1)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LR, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PRETRAIN_LR, betas=(0.9, 0.95), weight_decay=0.01
+    )
     for step in (bar := tqdm(range(1, PRETRAIN_STEPS + 1), desc="pretrain", unit=" steps")):
         warm, rest = min(1, step / 20), 0.5 + 0.5 * math.cos(math.pi * step / PRETRAIN_STEPS)
         optimizer.param_groups[0]["lr"] = PRETRAIN_LR * warm * rest
@@ -295,7 +334,10 @@ def widen(model, config, row_of):
 def write_model(model, tokenizer, folder):
     """Write a model folder that brings its code along, as LLaDA's does."""
     model.config.architectures = ["LLaDAModelLM"]
-    code = {"AutoModel": "modeling_llada.LLaDAModelLM", "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"}
+    code = {
+        "AutoModel": "modeling_llada.LLaDAModelLM",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+    }
     model.config.auto_map = {"AutoConfig": "configuration_llada.LLaDAConfig", **code}
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -323,7 +365,9 @@ def build(folder, seed=0):
     for name, rows in (("train", TRAIN_ROWS), ("test", TEST_ROWS)):
         with open(os.path.join(data, f"{name}.jsonl"), "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in word_problems(rng, rows, seen))
-    texts = [f"{row['query']}\n\n{row['response']}" for row in word_problems(rng, PRETRAIN_ROWS, seen)]
+    texts = [
+        f"{row['query']}\n\n{row['response']}" for row in word_problems(rng, PRETRAIN_ROWS, seen)
+    ]
     tokenizer = build_tokenizer([PROMPT, *texts])
     model = pretrain(tokenizer, texts, generator)
     write_model(model, tokenizer, target)
@@ -347,7 +391,9 @@ def launch(arguments, folder):
     start = time.time()
     status = subprocess.run(arguments, cwd=folder, env=environment).returncode
     if status:
-        sys.exit(f"{arguments[0]} ended with status {status}, see above; what was made so far is in {folder}")
+        sys.exit(
+            f"{arguments[0]} ended with status {status}, see above; what was made so far is in {folder}"
+        )
     return time.time() - start
 
 
@@ -390,9 +436,13 @@ def held_out_loss(checkpoint, folder, batch_rows=8):
         examples = train_blockwise.load_examples()
     draws = train_blockwise.schedule(examples, max_draws=sys.maxsize)
     pad_id = AutoTokenizer.from_pretrained(checkpoint, fix_mistral_regex=False).pad_token_id
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, trust_remote_code=True, dtype=torch.float32
+    ).eval()
     total = 0
-    for first in tqdm(range(0, len(draws), batch_rows), desc=f"held-out loss of {os.path.basename(checkpoint)}"):
+    for first in tqdm(
+        range(0, len(draws), batch_rows), desc=f"held-out loss of {os.path.basename(checkpoint)}"
+    ):
         numbers = range(first, min(first + batch_rows, len(draws)))
         batch = train_blockwise.make_batch(examples, draws, numbers, pad_id)
         total += train_blockwise.supervised_loss(model, *batch).item() * len(numbers)
@@ -402,7 +452,12 @@ def held_out_loss(checkpoint, folder, batch_rows=8):
 def accuracy(model, folder):
     """Decode test problems with `model`, a checkpoint in `folder`, as DECODING says; the share of right answers."""
     words = [word for name, value in DECODING.items() for word in (f"--{name}", str(value))]
-    words += ["--model", os.path.join(folder, model), "--dataset", os.path.join(folder, "data", "test.jsonl")]
+    words += [
+        "--model",
+        os.path.join(folder, model),
+        "--dataset",
+        os.path.join(folder, "data", "test.jsonl"),
+    ]
     summary = evaluate.main([*words, "--output", os.path.join(folder, f"{model}_answers")])
     return f"{summary['accuracy']:.1%}"
 
@@ -423,7 +478,10 @@ def run(folder, ranks):
     for split in ("train", "test"):
         launch([*pt, "--dataset", f"data/{split}.jsonl", "--output", f"{split}.pt"], folder)
     rows = [train(script, folder, ranks) for script in ("blockwise", "fullseq")]
-    base = {"model": "base", "held-out block loss": f"{held_out_loss(os.path.join(folder, 'model'), folder):.2f}"}
+    base = {
+        "model": "base",
+        "held-out block loss": f"{held_out_loss(os.path.join(folder, 'model'), folder):.2f}",
+    }
     base["accuracy"] = accuracy("model", folder)
     print("\n" + " | ".join(rows[0]))
     for row in (base, *rows):
@@ -432,9 +490,13 @@ def run(folder, ranks):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--build", metavar="DIR", help="only build DIR/model and DIR/data")
-    parser.add_argument("--ranks", type=int, help="processes to train with (one a GPU, two without a GPU)")
+    parser.add_argument(
+        "--ranks", type=int, help="processes to train with (one a GPU, two without a GPU)"
+    )
     args = parser.parse_args()
     if args.ranks is not None and args.ranks < 1:
         parser.error(f"--ranks {args.ranks}: must be at least 1")

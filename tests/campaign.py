@@ -23,16 +23,38 @@ from pathlib import Path
 from conftest import SUITE, build_toy, flags, user_environment
 from toy import launcher
 
-CONSTANTS = {"MICRO_BSIZE": 2, "LORA_RANK": 16, "LR": 1e-3, "TOTAL_TRAIN_STEPS": 30, "SAVE_EVERY": 12, "STATE_EVERY": 4}
-MOMENTS = ("before the first step", "in a step", "saving a state", "saving a checkpoint", "at the end", "one rank")
+CONSTANTS = {
+    "MICRO_BSIZE": 2,
+    "LORA_RANK": 16,
+    "LR": 1e-3,
+    "TOTAL_TRAIN_STEPS": 30,
+    "SAVE_EVERY": 12,
+    "STATE_EVERY": 4,
+}
+MOMENTS = (
+    "before the first step",
+    "in a step",
+    "saving a state",
+    "saving a checkpoint",
+    "at the end",
+    "one rank",
+)
 TIMEOUT = 60  # seconds in which a launch must end after one of its ranks has died
 
 
 def command(script, ranks, toy_folder, **constants):
     """The command line of a short run of `script` that saves often."""
     python = [sys.executable] if ranks == 1 else launcher(ranks)
-    data = {"MODEL_NAME": toy_folder / "model", "PT_FILE": toy_folder / "train.pt", "CKPT_DIR": "run"}
-    return [*python, str(SUITE / f"train_{script}.py"), *flags(**{**data, **CONSTANTS, **constants})]
+    data = {
+        "MODEL_NAME": toy_folder / "model",
+        "PT_FILE": toy_folder / "train.pt",
+        "CKPT_DIR": "run",
+    }
+    return [
+        *python,
+        str(SUITE / f"train_{script}.py"),
+        *flags(**{**data, **CONSTANTS, **constants}),
+    ]
 
 
 def start(script, ranks, toy_folder, folder):
@@ -62,7 +84,9 @@ def wait_for(moment, folder, run, rng):
     delay = rng.uniform(0, 3)
     came = {
         "before the first step": lambda: time.time() - began > delay,
-        "in a step": lambda: log.exists() and log.stat().st_mtime_ns > begun and log.read_text().count("\n") > 1,
+        "in a step": lambda: (
+            log.exists() and log.stat().st_mtime_ns > begun and log.read_text().count("\n") > 1
+        ),
         "saving a state": lambda: any(partial.glob("*states.pt")),
         "saving a checkpoint": lambda: (partial / "config.json").exists(),
         "at the end": lambda: (folder / f"run_step{CONSTANTS['TOTAL_TRAIN_STEPS']:04d}").exists(),
@@ -78,7 +102,11 @@ def wait_for(moment, folder, run, rng):
 
 def ranks_of(run):
     """The process ids of the ranks that a launcher has started."""
-    return [pid for pid, words in alive(run.pid).items() if any(word.startswith("--local_rank=") for word in words)]
+    return [
+        pid
+        for pid, words in alive(run.pid).items()
+        if any(word.startswith("--local_rank=") for word in words)
+    ]
 
 
 def kill(run, moment, rng):
@@ -102,8 +130,12 @@ def check_remains(folder, whole):
         if name.startswith("run_step"):
             assert whole[name] == digest, name
     for name in {name.split("/")[0] for name in left if name.startswith("run_step")}:
-        assert {n for n in left if n.startswith(name)} == {n for n in whole if n.startswith(name)}, name
-    finished = f"run_step{CONSTANTS['TOTAL_TRAIN_STEPS']:04d}" in {name.split("/")[0] for name in left}
+        assert {n for n in left if n.startswith(name)} == {
+            n for n in whole if n.startswith(name)
+        }, name
+    finished = f"run_step{CONSTANTS['TOTAL_TRAIN_STEPS']:04d}" in {
+        name.split("/")[0] for name in left
+    }
     begun = (folder / "run_logs").exists()
     assert (folder / "run_state").exists() or finished or not begun
 
@@ -119,7 +151,9 @@ def survive(begin, folder, moments, rng, whole):
         kill(run, moment, rng)
         met[moment] += 1
         check_remains(folder, whole)
-        if not (folder / "run_state").exists() and (folder / "run_logs").exists():  # killed when all was done
+        if (
+            not (folder / "run_state").exists() and (folder / "run_logs").exists()
+        ):  # killed when all was done
             return met
     else:
         run = begin(folder)
@@ -129,7 +163,9 @@ def survive(begin, folder, moments, rng, whole):
 
 def contents(folder):
     """{name: SHA-256} of all files below `folder`, but for a state that is being removed."""
-    files = {str(path.relative_to(folder)): path for path in Path(folder).rglob("*") if path.is_file()}
+    files = {
+        str(path.relative_to(folder)): path for path in Path(folder).rglob("*") if path.is_file()
+    }
     kept = {name: path for name, path in files.items() if not name.startswith("run_logs/state/")}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in kept.items()}
 
@@ -144,16 +180,31 @@ def campaign(script, ranks, kills, seed, toy_folder, folder):
     whole = contents(reference)
     while met.total() < kills:
         run = folder / f"run{(number := number + 1)}"
-        met += survive(begin, run, rng.choices(moments, k=min(kills - met.total(), rng.randint(1, 8))), rng, whole)
+        met += survive(
+            begin,
+            run,
+            rng.choices(moments, k=min(kills - met.total(), rng.randint(1, 8))),
+            rng,
+            whole,
+        )
         assert contents(run) == whole, set(contents(run).items()) ^ set(whole.items())
         shutil.rmtree(run)
-        print(f"{script}, {ranks} ranks, {number} runs, {met.total()} kills: {dict(met)}", flush=True)
+        print(
+            f"{script}, {ranks} ranks, {number} runs, {met.total()} kills: {dict(met)}", flush=True
+        )
     return met
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="of each trainer on each number of ranks (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=20,
+        help="of each trainer on each number of ranks (%(default)s)",
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="(1 2)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -161,7 +212,14 @@ def main():
         toy_folder = build_toy(Path(folder) / "toy")
         for script in ("blockwise", "fullseq"):
             for ranks in args.ranks:
-                campaign(script, ranks, args.kills, args.seed, toy_folder, Path(folder) / f"{script}{ranks}")
+                campaign(
+                    script,
+                    ranks,
+                    args.kills,
+                    args.seed,
+                    toy_folder,
+                    Path(folder) / f"{script}{ranks}",
+                )
     print("nothing was lost, and every result is the same, bit for bit")
 
 

@@ -36,7 +36,17 @@ def build_toy(folder):
     """`model`, `data` and `train.pt` in `folder`, as `experiments/toy.py` builds them, but with random weights."""
     toy.PRETRAIN_STEPS, toy.TRAIN_ROWS, toy.TEST_ROWS, toy.PRETRAIN_ROWS = 0, 60, 10, 300
     toy.build(str(folder))
-    run_pt("--model", "model", "--dataset", "data/train.jsonl", "--output", "train.pt", "--filter_type", "", cwd=folder)
+    run_pt(
+        "--model",
+        "model",
+        "--dataset",
+        "data/train.jsonl",
+        "--output",
+        "train.pt",
+        "--filter_type",
+        "",
+        cwd=folder,
+    )
     return folder
 
 
@@ -79,16 +89,29 @@ def launch(command, folder, timeout=240, **environment):
     """
     env = user_environment(**environment)
     done = subprocess.run(
-        command, cwd=folder, env=env, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=folder,
+        env=env,
+        timeout=timeout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     skip = ("[runner.py:", "[launch.py:", "real_accelerator.py")
-    return done.returncode, "\n".join(line for line in done.stdout.splitlines() if not any(s in line for s in skip))
+    return done.returncode, "\n".join(
+        line for line in done.stdout.splitlines() if not any(s in line for s in skip)
+    )
 
 
 def user_environment(**changes):
     """The environment of a user who has activated this interpreter's environment and is in another folder."""
     scripts = os.path.dirname(sys.executable)
-    return {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"], "PYTHONPATH": "", **changes}
+    return {
+        **os.environ,
+        "PATH": scripts + os.pathsep + os.environ["PATH"],
+        "PYTHONPATH": "",
+        **changes,
+    }
 
 
 def flags(**constants):

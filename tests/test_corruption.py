@@ -37,23 +37,32 @@ def region_of(pos, prompt_len, length, first, last):
 def oracle(module, input_ids, prompt_len, length, block, noise, block_size):
     noisy_ids, loss_mask = input_ids.clone(), torch.zeros_like(input_ids, dtype=torch.bool)
     for row in range(len(input_ids)):
-        t = np.float32(module.MASK_PROB_EPS) + np.float32(1 - module.MASK_PROB_EPS) * noise[row, 0].numpy()
+        t = (
+            np.float32(module.MASK_PROB_EPS)
+            + np.float32(1 - module.MASK_PROB_EPS) * noise[row, 0].numpy()
+        )
         first = prompt_len[row].item() + block[row].item() * block_size
         for pos in range(L):
-            region = region_of(pos, prompt_len[row].item(), length[row].item(), first, first + block_size)
+            region = region_of(
+                pos, prompt_len[row].item(), length[row].item(), first, first + block_size
+            )
             if noise[row, 1 + pos].item() < np.float32(definition(module, region, t)):
                 noisy_ids[row, pos] = module.MASK_ID
                 loss_mask[row, pos] = region == "active"
     return noisy_ids, loss_mask
 
 
-@pytest.mark.parametrize("rates", [(0.0, 1.0, False), (0.2, 0.5, True), (0.5, 0.0, False), (1.0, 0.3, True)])
+@pytest.mark.parametrize(
+    "rates", [(0.0, 1.0, False), (0.2, 0.5, True), (0.5, 0.0, False), (1.0, 0.3, True)]
+)
 @pytest.mark.parametrize("block_size", [1, 8, 32])
 def test_blockwise_is_the_loop_of_its_definition(blockwise, rates, block_size):
     blockwise.PREFIX_MASK_RATE, blockwise.SUFFIX_MASK_PROB, blockwise.MASK_PADDING = rates
     blockwise.BLOCK_SIZE = block_size
     rows = random_rows(block_size, block_size=block_size)
-    for ours, theirs in zip(blockwise.corrupt(*rows), oracle(blockwise, *rows, block_size), strict=True):
+    for ours, theirs in zip(
+        blockwise.corrupt(*rows), oracle(blockwise, *rows, block_size), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 
@@ -95,7 +104,9 @@ def test_rates(blockwise):
     rows = 5000
     noise = torch.from_numpy(np.random.default_rng(0).random((rows, 14), dtype=np.float32))
     column = torch.ones(rows, 1, dtype=torch.long)
-    noisy_ids, loss_mask = blockwise.corrupt(torch.zeros(rows, 13).long(), column, 13 * column, column, noise)
+    noisy_ids, loss_mask = blockwise.corrupt(
+        torch.zeros(rows, 13).long(), column, 13 * column, column, noise
+    )
     masked = (noisy_ids == blockwise.MASK_ID).float()
     for region, rate in ((masked[:, 1:5], 0.2), (masked[:, 9:], 0.7)):
         assert abs(region.mean() - rate) < 6 * (rate * (1 - rate) / region.numel()) ** 0.5
@@ -113,7 +124,9 @@ def test_mean_over_masked_is_the_weighted_bound(blockwise):
     rows = 20000
     noise = torch.from_numpy(np.random.default_rng(1).random((rows, 6), dtype=np.float32))
     column = torch.ones(rows, 1, dtype=torch.long)
-    _, loss_mask = blockwise.corrupt(torch.zeros(rows, 5).long(), column, 5 * column, 0 * column, noise)
+    _, loss_mask = blockwise.corrupt(
+        torch.zeros(rows, 5).long(), column, 5 * column, 0 * column, noise
+    )
     p = 4 / 5
     assert abs(loss_mask.any(1).float().mean() - p) < 6 * (p * (1 - p) / rows) ** 0.5
 
@@ -121,7 +134,9 @@ def test_mean_over_masked_is_the_weighted_bound(blockwise):
 def captured_noise(module, monkeypatch, seed, numbers):
     """The noise that make_batch hands to corrupt for these draws of a one-row data set."""
     caught = []
-    monkeypatch.setattr(module, "corrupt", lambda *arguments: caught.append(arguments[-1]) or ("", ""))
+    monkeypatch.setattr(
+        module, "corrupt", lambda *arguments: caught.append(arguments[-1]) or ("", "")
+    )
     module.SEED = seed
     module.make_batch([(1, torch.arange(4))], np.zeros((1000, 2), dtype=int), numbers, pad_id=0)
     return caught[0]
@@ -138,6 +153,8 @@ def test_noise_is_a_function_of_seed_and_draw_alone(trainer, monkeypatch):
 
 
 def test_neighbouring_seeds_share_no_draw(trainer, monkeypatch):
-    rows = torch.cat([captured_noise(trainer, monkeypatch, seed, range(30)) for seed in range(40, 45)])
+    rows = torch.cat(
+        [captured_noise(trainer, monkeypatch, seed, range(30)) for seed in range(40, 45)]
+    )
     assert len(torch.unique(rows, dim=0)) == 150
     assert 0 <= rows.min() and rows.max() < 1

@@ -62,11 +62,17 @@ def test_the_reference_decoder(seed):
     model, rng = small_model(seed), torch.Generator().manual_seed(seed)
     for block_length, per_block in itertools.product((1, 4, 6, 12), (1, 2, 5, 14)):
         (prompt,) = prompts_of(rng, int(torch.randint(1, 9, (), generator=rng)))
-        how = {"gen_length": 12, "block_length": block_length, "steps": per_block * 12 // block_length}
+        how = {
+            "gen_length": 12,
+            "block_length": block_length,
+            "steps": per_block * 12 // block_length,
+        }
         for ends in ({}, {"logits_eos_inf": True}, {"confidence_eos_eot_inf": True}):
             (answer,) = decode.decode(model, [prompt], **how, **IDS, **ends)
             last = (EOS, EOT) if "confidence_eos_eot_inf" in ends else ()
-            expected = reference(model, prompt, **how, logits_eos_inf="logits_eos_inf" in ends, last=last)
+            expected = reference(
+                model, prompt, **how, logits_eos_inf="logits_eos_inf" in ends, last=last
+            )
             filled = until_end(expected, block_length)
             assert answer[:filled].equal(expected[:filled]) and (answer[filled:] == MASK).all()
 
@@ -95,9 +101,13 @@ def test_a_batch_gives_what_single_prompts_give(options):
     batch = decode.decode(model, prompts, **how, seeds=range(13), watch=watch)
     for row, prompt in enumerate(prompts):
         forwards = []
-        one = decode.decode(model, [prompt], **how, seeds=[row], watch=lambda *met, f=forwards: f.append(met))
+        one = decode.decode(
+            model, [prompt], **how, seeds=[row], watch=lambda *met, f=forwards: f.append(met)
+        )
         assert one[0].equal(batch[row]) and len(forwards) == seen[row]
-    assert max(whole) == 13 and len(set(seen)) > 1  # some ended earlier, and were left out from there on
+    assert (
+        max(whole) == 13 and len(set(seen)) > 1
+    )  # some ended earlier, and were left out from there on
     assert options == {} or not decode.decode(
         model, prompts, **how | {"temperature": 0, "remasking": "low_confidence", "threshold": None}
     ).equal(batch)
@@ -111,7 +121,11 @@ def test_threshold():
     for threshold in (1e-9, 0.3, 1 - 1e-12):
         canvases = []
         answer = decode.decode(
-            model, [prompt], **how, threshold=threshold, watch=lambda _, c, to=canvases: to.append(c[0, 6:].clone())
+            model,
+            [prompt],
+            **how,
+            threshold=threshold,
+            watch=lambda _, c, to=canvases: to.append(c[0, 6:].clone()),
         )[0]
         forwards[threshold] = len(canvases)
         for before, after in itertools.pairwise([*canvases, answer]):
@@ -123,14 +137,19 @@ def test_threshold():
             commits = masked & ((sure > threshold) | (sure == sure[masked].max()))
             assert after.equal(torch.where(commits, tokens, before))
     assert forwards[1e-9] == 1 < forwards[0.3] < forwards[1 - 1e-12] == 8
-    assert decode.decode(model, [prompt], **how, threshold=1 - 1e-12).equal(decode.decode(model, [prompt], **how))
+    assert decode.decode(model, [prompt], **how, threshold=1 - 1e-12).equal(
+        decode.decode(model, [prompt], **how)
+    )
 
 
 @torch.no_grad()
 def test_end_tokens_come_last_in_their_block():
     """Where one is committed, nothing but end tokens is predicted for what is left of the block."""
     model, rng = small_model(8), torch.Generator().manual_seed(8)
-    prompts, how = prompts_of(rng, *[5] * 30), {"gen_length": 6, "block_length": 6, "steps": 6, **IDS}
+    prompts, how = (
+        prompts_of(rng, *[5] * 30),
+        {"gen_length": 6, "block_length": 6, "steps": 6, **IDS},
+    )
     is_end = lambda ids: (ids == EOS) | (ids == EOT)
     for late in (True, False):
         canvases = []
@@ -139,7 +158,11 @@ def test_end_tokens_come_last_in_their_block():
         assert is_end(answers).any()
         ok = True
         for before, after in itertools.pairwise([*canvases, answers]):
-            predicted = model(input_ids=torch.cat([torch.stack(prompts), before], 1)).logits[:, 5:].argmax(-1)
+            predicted = (
+                model(input_ids=torch.cat([torch.stack(prompts), before], 1))
+                .logits[:, 5:]
+                .argmax(-1)
+            )
             only_ends = (is_end(predicted) | (before != MASK)).all(1)
             ok &= bool(only_ends[(is_end(after) & (before == MASK)).any(1)].all())
         assert ok == late
@@ -173,7 +196,11 @@ def test_temperature_samples_the_softmax():
     how = {"gen_length": 1, "block_length": 1, "steps": 1, "temperature": 1.0, **IDS}
     drawn = decode.decode(model, [prompt] * 4000, **how, seeds=range(4000))[:, 0]
     with torch.no_grad():
-        p = model(input_ids=torch.cat([prompt, torch.tensor([MASK])])[None]).logits[0, -1].softmax(-1)
+        p = (
+            model(input_ids=torch.cat([prompt, torch.tensor([MASK])])[None])
+            .logits[0, -1]
+            .softmax(-1)
+        )
     share = torch.bincount(drawn, minlength=VOCABULARY) / 4000
     assert ((share - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()
     assert p.max() < 0.95  # so that there is something to draw
@@ -183,8 +210,12 @@ def test_the_head_sees_the_masked_positions_alone():
     model, rows = small_model(4), []
     prompts = prompts_of(torch.Generator().manual_seed(4), 3, 9)
     head = model.get_output_embeddings()
-    with head.register_forward_hook(lambda _, inputs, out: rows.append((*out.shape, out.requires_grad))):
-        decode.decode(model, prompts, gen_length=4, block_length=4, steps=4, logits_eos_inf=True, **IDS)
+    with head.register_forward_hook(
+        lambda _, inputs, out: rows.append((*out.shape, out.requires_grad))
+    ):
+        decode.decode(
+            model, prompts, gen_length=4, block_length=4, steps=4, logits_eos_inf=True, **IDS
+        )
     assert rows == [(2 * left, VOCABULARY, False) for left in (4, 3, 2, 1)]
 
 
@@ -211,7 +242,9 @@ def test_nearly_sure_positions_are_told_apart():
 )
 def test_bad_settings(wrong, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        decode.decode(None, [torch.tensor([1])], **{"gen_length": 16, "block_length": 8, "steps": 8} | wrong)
+        decode.decode(
+            None, [torch.tensor([1])], **{"gen_length": 16, "block_length": 8, "steps": 8} | wrong
+        )
 
 
 @pytest.mark.parametrize("prompt", [[], [1, MASK]])
@@ -221,12 +254,16 @@ def test_bad_prompts(prompt):
 
 
 def test_no_prompts():
-    assert decode.decode(small_model(0), [], gen_length=8, block_length=8, steps=8, **IDS).shape == (0, 8)
+    assert decode.decode(
+        small_model(0), [], gen_length=8, block_length=8, steps=8, **IDS
+    ).shape == (0, 8)
 
 
 def test_prompts_are_those_of_training(toy_folder):
     tokenizer = pt.load_tokenizer(str(toy_folder / "model"))
-    rows = [json.loads(line) for line in (toy_folder / "data" / "train.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (toy_folder / "data" / "train.jsonl").read_text().splitlines()
+    ]
     trained = torch.load(toy_folder / "train.pt")
     encoded = decode.encode_prompts(tokenizer, [row["query"] for row in rows])
     assert encoded == [row["full_ids"][: row["prompt_len"]].tolist() for row in trained]
@@ -260,6 +297,10 @@ def test_mistakes_end_in_one_message(words, message, capsys, monkeypatch):
 
 
 def test_a_prompt_that_spells_the_mask_is_refused(toy_folder, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["decode.py", "--model", str(toy_folder / "model"), "--prompt", "a <|mdm_mask|>"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["decode.py", "--model", str(toy_folder / "model"), "--prompt", "a <|mdm_mask|>"],
+    )
     with pytest.raises(SystemExit, match="prompt 1 spells the mask token"):
         decode.main()

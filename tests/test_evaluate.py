@@ -22,28 +22,48 @@ def base(tmp_path_factory):
     """A model of chains with random weights, and its problems."""
     folder = tmp_path_factory.mktemp("chains") / "base"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"PRETRAIN_STEPS": 0, "PRETRAIN_ROWS": 200, "TRAIN_ROWS": 50, "TEST_ROWS": 14}.items():
+        for name, value in {
+            "PRETRAIN_STEPS": 0,
+            "PRETRAIN_ROWS": 200,
+            "TRAIN_ROWS": 50,
+            "TEST_ROWS": 14,
+        }.items():
             patch.setattr(chains, name, value)
         chains.build(str(folder), seed=1)
     return folder
 
 
-WORDS = "--gen_length 12 --block_length 4 --steps 6 --batch_size 4 --device cpu --dtype float32".split()
+WORDS = (
+    "--gen_length 12 --block_length 4 --steps 6 --batch_size 4 --device cpu --dtype float32".split()
+)
 
 
 def words(base, output, *more):
-    data = ["--model", str(base / "model"), "--dataset", str(base / "data" / "test.jsonl"), "--output", str(output)]
+    data = [
+        "--model",
+        str(base / "model"),
+        "--dataset",
+        str(base / "data" / "test.jsonl"),
+        "--output",
+        str(output),
+    ]
     return [*data, *WORDS, *more]
 
 
 def generations(folder):
     """generations.jsonl without times."""
     records = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+    return [
+        {name: value for name, value in record.items() if name != "seconds"} for record in records
+    ]
 
 
 def timeless(summary):
-    return {name: value for name, value in summary.items() if name not in ("seconds", "tokens_per_second")}
+    return {
+        name: value
+        for name, value in summary.items()
+        if name not in ("seconds", "tokens_per_second")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +80,27 @@ def test_what_is_written(base, whole):
     rows = [json.loads(line) for line in (base / "data" / "test.jsonl").read_text().splitlines()]
     assert [record["index"] for record in records] == list(range(14)) and summary["count"] == 14
     assert [record["query"] for record in records] == [row["query"] for row in rows]
-    assert [record["gold"] for record in records] == [row["response"].split(": ")[-1] for row in rows]
+    assert [record["gold"] for record in records] == [
+        row["response"].split(": ")[-1] for row in rows
+    ]
     assert summary["accuracy"] == sum(record["correct"] for record in records) / 14
     assert summary["exact_match"] == sum(record["exact_match"] for record in records) / 14
     assert summary["forwards"] == sum(record["forwards"] for record in records) <= 6 * 14
     assert summary["tokens"] == sum(record["tokens"] for record in records) <= 12 * 14
     assert {"torch", "transformers", "math-verify"} <= summary["versions"].keys()
     settings = summary["settings"]
-    assert {"gen_length", "block_length", "steps", "temperature", "threshold", "seed", "dtype"} <= settings.keys()
-    assert not re.search(r"/|\d\d:\d\d", json.dumps({**settings, "prompt": "", "model": settings["model"]}))
+    assert {
+        "gen_length",
+        "block_length",
+        "steps",
+        "temperature",
+        "threshold",
+        "seed",
+        "dtype",
+    } <= settings.keys()
+    assert not re.search(
+        r"/|\d\d:\d\d", json.dumps({**settings, "prompt": "", "model": settings["model"]})
+    )
 
 
 @pytest.mark.parametrize("cut", [0, 3, 5, 9, 13])
@@ -87,7 +119,10 @@ def test_a_stopped_evaluation_goes_on(base, whole, tmp_path, cut):
 
 def prompts_of(base):
     tokenizer = evaluate.pt.load_tokenizer(str(base / "model"))
-    queries = [json.loads(line)["query"] for line in (base / "data" / "test.jsonl").read_text().splitlines()]
+    queries = [
+        json.loads(line)["query"]
+        for line in (base / "data" / "test.jsonl").read_text().splitlines()
+    ]
     return evaluate.decode.encode_prompts(tokenizer, queries)
 
 
@@ -101,7 +136,15 @@ def test_a_finished_one_is_only_read(base, whole, monkeypatch):
 def test_two_processes_killed_and_started_again_give_the_same(base, whole, tmp_path):
     """Under the launcher, on two ranks that share out the batches; all killed as the first answers are there."""
     results = tmp_path / "results"
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", "29617", evaluate.__file__, *words(base, results)]
+    command = [
+        "deepspeed",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        "29617",
+        evaluate.__file__,
+        *words(base, results),
+    ]
     killed = subprocess.Popen(command, cwd=tmp_path, env=user_environment(), start_new_session=True)
     while not (results / "generations.jsonl").exists():
         assert killed.poll() is None
@@ -208,7 +251,9 @@ def test_folders_of_something_else_are_left_alone(base, tmp_path):
 
 def test_an_evaluation_whose_generations_are_removed_is_done_again(base, whole, tmp_path):
     for name in ("settings.json", "summary.json"):
-        (tmp_path / name).write_text((whole[0] / name).read_text().replace('"accuracy": 0', '"accuracy": 9'))
+        (tmp_path / name).write_text(
+            (whole[0] / name).read_text().replace('"accuracy": 0', '"accuracy": 9')
+        )
     assert timeless(evaluate.main(words(base, tmp_path))) == timeless(whole[1])
 
 
@@ -234,7 +279,10 @@ def test_a_model_that_ignores_the_mask_is_refused(base, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.decode, "load_model", deaf)
     with pytest.raises(SystemExit, match=r"ignores attention_mask.*--batch_size 1"):
         evaluate.main(words(base, tmp_path / "out"))
-    assert evaluate.main(words(base, tmp_path / "out", "--batch_size", "1", "--limit", "2"))["count"] == 2
+    assert (
+        evaluate.main(words(base, tmp_path / "out", "--batch_size", "1", "--limit", "2"))["count"]
+        == 2
+    )
 
 
 def test_final_answers():
@@ -301,7 +349,9 @@ def test_accuracy_counts_right_answers(base, tmp_path, monkeypatch):
     """A decoder that answers two of three problems right, one of them in another form."""
     tokenizer = evaluate.pt.load_tokenizer(str(base / "model"))
     rows = [json.loads(line) for line in (base / "data" / "test.jsonl").read_text().splitlines()]
-    right = {tuple(ids): row["response"][-1] for ids, row in zip(prompts_of(base), rows, strict=True)}
+    right = {
+        tuple(ids): row["response"][-1] for ids, row in zip(prompts_of(base), rows, strict=True)
+    }
     order = list(right)
 
     def fixed(model, prompts, *, seeds, **_):
@@ -309,20 +359,28 @@ def test_accuracy_counts_right_answers(base, tmp_path, monkeypatch):
         for prompt, seed in zip(prompts, seeds, strict=True):
             assert order[seed] == tuple(prompt)
             digit = int(right[tuple(prompt)])
-            text = (" The answer is: %d", " 3 plus %d", " The answer is: %d")[seed % 3] % (digit + (seed % 3 == 2))
+            text = (" The answer is: %d", " 3 plus %d", " The answer is: %d")[seed % 3] % (
+                digit + (seed % 3 == 2)
+            )
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            answers.append(torch.tensor([*ids, tokenizer.get_vocab()["<|eot_id|>"], *[0] * 12])[:12])
+            answers.append(
+                torch.tensor([*ids, tokenizer.get_vocab()["<|eot_id|>"], *[0] * 12])[:12]
+            )
         return torch.stack(answers)
 
     monkeypatch.setattr(evaluate.decode, "decode", fixed)
     summary = evaluate.main(words(base, tmp_path / "out"))
     wrong = [i for i in range(14) if i % 3 == 2]
-    assert [record["index"] for record in generations(tmp_path / "out") if not record["exact_match"]] == sorted(
-        wrong + [i for i in range(14) if i % 3 == 1]
-    )
+    assert [
+        record["index"] for record in generations(tmp_path / "out") if not record["exact_match"]
+    ] == sorted(wrong + [i for i in range(14) if i % 3 == 1])
     assert summary["exact_match"] == 5 / 14
-    assert not any(record["correct"] for record in generations(tmp_path / "out") if record["index"] in wrong)
-    assert all(record["correct"] for record in generations(tmp_path / "out") if record["index"] % 3 == 0)
+    assert not any(
+        record["correct"] for record in generations(tmp_path / "out") if record["index"] in wrong
+    )
+    assert all(
+        record["correct"] for record in generations(tmp_path / "out") if record["index"] % 3 == 0
+    )
 
 
 def test_interval():
@@ -330,5 +388,7 @@ def test_interval():
     for right, count in ((0, 10), (3, 10), (700, 1000), (50, 50)):
         low, high = evaluate.interval_95(right, count)
         for p in (low, high):
-            assert abs(right / count - p) == pytest.approx(1.959964 * math.sqrt(max(0, p * (1 - p)) / count), abs=1e-7)
+            assert abs(right / count - p) == pytest.approx(
+                1.959964 * math.sqrt(max(0, p * (1 - p)) / count), abs=1e-7
+            )
         assert 0 <= low < high <= 1

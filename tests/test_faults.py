@@ -51,7 +51,9 @@ def test_a_run_begins_with_its_state_and_records(trainer, claimed):
     begun = json.loads(Path("run_state/run.json").read_text())
     assert begun["suffix"] == "" and begun["LORA_RANK"] == 4 and begun["MODEL_REVISION"] == "main"
     assert json.loads(Path("run_logs/run_config.json").read_text()) == begun
-    names = {"run_config.json", "ds_zero2.json"} | ({"ablation_config.json"} if trainer.ABLATION else set())
+    names = {"run_config.json", "ds_zero2.json"} | (
+        {"ablation_config.json"} if trainer.ABLATION else set()
+    )
     assert set(os.listdir("run_logs")) == names
     assert json.loads(Path("run_logs/ds_zero2.json").read_text()) == trainer.ds_config(3)
 
@@ -76,10 +78,15 @@ def test_an_unfinished_run_keeps_its_name(claimed, capsys):
     assert sorted(os.listdir("run_state")) == ["lock", "run.json", "step0002"]
     shutil.rmtree("run_state")
     claimed()
-    assert json.loads(Path("run_state/run.json").read_text())["suffix"] == "-v2" and Path("run_logs-v2").is_dir()
+    assert (
+        json.loads(Path("run_state/run.json").read_text())["suffix"] == "-v2"
+        and Path("run_logs-v2").is_dir()
+    )
 
 
-@pytest.mark.parametrize("taken", [["run_logs"], ["run_step0300"], ["run_logs", "run_logs-v2", "run_step0300-v3"]])
+@pytest.mark.parametrize(
+    "taken", [["run_logs"], ["run_step0300"], ["run_logs", "run_logs-v2", "run_step0300-v3"]]
+)
 def test_names_that_are_taken(claimed, taken):
     for name in taken:
         os.mkdir(name)
@@ -95,9 +102,15 @@ def test_another_run_is_refused_and_named(trainer, claimed, tmp_path):
     claimed()
     before = contents(".")
     trainer.LORA_RANK, trainer.LR = 8, 2e-3
-    with pytest.raises(SystemExit, match=r"with LR 1e-05, now 0.002; LORA_RANK 4, now 8\. .*CKPT_DIR") as refused:
+    with pytest.raises(
+        SystemExit, match=r"with LR 1e-05, now 0.002; LORA_RANK 4, now 8\. .*CKPT_DIR"
+    ) as refused:
         claimed()
-    assert "\n" not in str(refused.value) and "run_state" in str(refused.value) and "budget" not in str(refused.value)
+    assert (
+        "\n" not in str(refused.value)
+        and "run_state" in str(refused.value)
+        and "budget" not in str(refused.value)
+    )
     trainer.LORA_RANK, trainer.LR = 4, 1e-5
     begun = json.loads(Path("run_state/run.json").read_text())
     Path("run_state/run.json").write_text(json.dumps(begun | {"ONLY_THE_TWINS": 3}))
@@ -121,7 +134,11 @@ def test_one_run_at_a_time(claimed):
     claimed(release=False)
     with pytest.raises(BlockingIOError):
         claimed(release=False)
-    other = [sys.executable, "-c", "import fcntl; fcntl.flock(open('run_state/lock'), fcntl.LOCK_EX | fcntl.LOCK_NB)"]
+    other = [
+        sys.executable,
+        "-c",
+        "import fcntl; fcntl.flock(open('run_state/lock'), fcntl.LOCK_EX | fcntl.LOCK_NB)",
+    ]
     assert b"BlockingIOError" in subprocess.run(other, capture_output=True).stderr  # it is flock's
 
 
@@ -167,15 +184,26 @@ def saving(trainer, tmp_path, monkeypatch):
 
 def test_a_folder_appears_when_it_is_whole(saving, monkeypatch):
     renamed, rename = [], os.rename
-    monkeypatch.setattr(os, "rename", lambda *paths: renamed.append((os.listdir(paths[0]), *paths)) or rename(*paths))
+    monkeypatch.setattr(
+        os,
+        "rename",
+        lambda *paths: renamed.append((os.listdir(paths[0]), *paths)) or rename(*paths),
+    )
     write = lambda partial: os.mkdir(partial) or Path(partial, "file").write_text("whole")
     saving.save("run_step0003", 10, write)
     assert renamed == [(["file"], "run_state/partial", "run_step0003")]
-    assert sorted(os.listdir()) == ["run_state", "run_step0003"] and os.listdir("run_state") == ["step0002"]
+    assert sorted(os.listdir()) == ["run_state", "run_step0003"] and os.listdir("run_state") == [
+        "step0002"
+    ]
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed"), ValueError("odd")]
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed"),
+        ValueError("odd"),
+    ],
 )
 def test_what_cannot_be_written_leaves_nothing(saving, error):
     def write(partial):
@@ -190,7 +218,9 @@ def test_what_cannot_be_written_leaves_nothing(saving, error):
 
 
 def test_space_is_checked_before_writing(saving, monkeypatch):
-    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**6))
+    monkeypatch.setattr(
+        saving.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**6)
+    )
     with pytest.raises(OSError, match=r"run_step0003 cannot be saved.*0\.01 GB are not free"):
         saving.save("run_step0003", 10**7, lambda _: pytest.fail("wrote"))
     saving.save("run_state", 10**7, lambda _: None)  # that is there already
@@ -209,7 +239,10 @@ def whole(toy_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     status, printed = run_of("fullseq", 1, toy_folder, folder)
     assert status == 0, printed
-    assert sorted(os.listdir(folder)) == ["run_logs", *(f"run_step{step:04d}" for step in (12, 24, 30))]
+    assert sorted(os.listdir(folder)) == [
+        "run_logs",
+        *(f"run_step{step:04d}" for step in (12, 24, 30)),
+    ]
     return contents(folder)
 
 
@@ -228,7 +261,13 @@ def test_kills_on_two_ranks(toy_folder, tmp_path):
     status, printed = run_of("blockwise", 2, toy_folder, reference)
     assert status == 0, printed
     begin = lambda folder: start("blockwise", 2, toy_folder, folder)
-    met = survive(begin, tmp_path / "run", ["one rank", "saving a state"], random.Random(3), contents(reference))
+    met = survive(
+        begin,
+        tmp_path / "run",
+        ["one rank", "saving a state"],
+        random.Random(3),
+        contents(reference),
+    )
     assert met["one rank"] == 1
     assert contents(tmp_path / "run") == contents(reference)
     assert "exits with return code = -9" in Path(f"{tmp_path / 'run'}.printed").read_text()
@@ -236,24 +275,40 @@ def test_kills_on_two_ranks(toy_folder, tmp_path):
 
 def test_a_full_disk_and_two_starts(toy_folder, tmp_path, whole):
     """A file that grows too large ends the run with one message; then it goes on, and no second one beside it."""
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))  # fits a state alone
+    limit = lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (20_000_000, 20_000_000)
+    )  # fits a state alone
     line = command("fullseq", 1, toy_folder)
-    how = {"cwd": tmp_path, "env": user_environment(), "capture_output": True, "text": True, "timeout": 240}
+    how = {
+        "cwd": tmp_path,
+        "env": user_environment(),
+        "capture_output": True,
+        "text": True,
+        "timeout": 240,
+    }
     run = subprocess.run(line, preexec_fn=limit, **how)
     assert run.returncode == 1 and "Traceback" not in run.stderr
     (message,) = [line for line in run.stderr.splitlines() if "cannot be saved" in line]
     assert "run_step0012" in message and "give the same command again" in message
     assert sorted(os.listdir(tmp_path)) == ["run_logs", "run_state"]
-    assert "partial" not in os.listdir(tmp_path / "run_state") and "step0008" in os.listdir(tmp_path / "run_state")
+    assert "partial" not in os.listdir(tmp_path / "run_state") and "step0008" in os.listdir(
+        tmp_path / "run_state"
+    )
 
     first = start("fullseq", 1, toy_folder, tmp_path)
     deadline = time.time() + 200
     while not (tmp_path / "run_step0012").exists():
-        assert time.time() < deadline and first.poll() is None, Path(f"{tmp_path}.printed").read_text()
+        assert time.time() < deadline and first.poll() is None, Path(
+            f"{tmp_path}.printed"
+        ).read_text()
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)
     status, printed = run_of("fullseq", 1, toy_folder, tmp_path)
-    assert status == 1 and "run_state is in use by another run" in printed and "Traceback" not in printed
+    assert (
+        status == 1
+        and "run_state is in use by another run" in printed
+        and "Traceback" not in printed
+    )
     first.send_signal(signal.SIGCONT)
     assert first.wait(timeout=120) == 0
     assert contents(tmp_path) == whole
@@ -271,18 +326,26 @@ def test_bad_numbers_and_a_state_with_code(toy_folder, tmp_path):
     """A weight that is no number stops the run, the state before it saved; a state with code in it is refused."""
     rows = torch.load(toy_folder / "train.pt", weights_only=True)
     counts = torch.stack([row["full_ids"].bincount(minlength=126464) > 0 for row in rows]).sum(0)
-    number = next(n for n, row in reversed(list(enumerate(rows))) if (counts[row["full_ids"]] == 1).any())
-    (token, *_) = [i for i in rows[number]["full_ids"][: rows[number]["prompt_len"]].tolist() if counts[i] == 1]
+    number = next(
+        n for n, row in reversed(list(enumerate(rows))) if (counts[row["full_ids"]] == 1).any()
+    )
+    (token, *_) = [
+        i for i in rows[number]["full_ids"][: rows[number]["prompt_len"]].tolist() if counts[i] == 1
+    ]
     shutil.copytree(toy_folder / "model", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.transformer.wte.weight"][token] = float("nan")
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    status, printed = run_of("blockwise", 1, toy_folder, tmp_path, MODEL_NAME="model", CKPT_DIR="[1]")
+    status, printed = run_of(
+        "blockwise", 1, toy_folder, tmp_path, MODEL_NAME="model", CKPT_DIR="[1]"
+    )
     said = r"^step (\d+): loss nan or gradient not finite on rows (\[.*?\]) of .*train.pt; state is saved"
     message = re.search(said, printed, re.M)
     assert status == 1 and message and "Traceback" not in printed, printed
     step = int(message[1])
-    assert number in json.loads(message[2]) and len(json.loads(message[2])) == CONSTANTS["MICRO_BSIZE"]
+    assert (
+        number in json.loads(message[2]) and len(json.loads(message[2])) == CONSTANTS["MICRO_BSIZE"]
+    )
     assert f"step{step - 1:04d}" in os.listdir(tmp_path / "[1]_state")
     assert len((tmp_path / "[1]_logs" / "train_loss.csv").read_text().splitlines()) == step
 
@@ -292,6 +355,12 @@ def test_bad_numbers_and_a_state_with_code(toy_folder, tmp_path):
 
     (state,) = saved.glob("*optim_states.pt")
     torch.save({"optimizer_state_dict": Code()}, state)
-    status, printed = run_of("blockwise", 1, toy_folder, tmp_path, MODEL_NAME="model", CKPT_DIR="[1]")
-    assert status == 1 and "code has run" not in printed and "[1]_state is damaged; remove it" in printed
+    status, printed = run_of(
+        "blockwise", 1, toy_folder, tmp_path, MODEL_NAME="model", CKPT_DIR="[1]"
+    )
+    assert (
+        status == 1
+        and "code has run" not in printed
+        and "[1]_state is damaged; remove it" in printed
+    )
     assert "Traceback" not in printed

@@ -23,7 +23,9 @@ from toy import launcher
 
 
 def data(toy_folder, **constants):
-    return flags(MODEL_NAME=toy_folder / "model", PT_FILE=toy_folder / "train.pt", LORA_RANK=4, **constants)
+    return flags(
+        MODEL_NAME=toy_folder / "model", PT_FILE=toy_folder / "train.pt", LORA_RANK=4, **constants
+    )
 
 
 def losses(folder):
@@ -36,9 +38,27 @@ def losses(folder):
 def run_on_two_nodes(script, constants, folder):
     """Two torchrun agents, here both on this machine; returns their exit statuses."""
     port = launcher(2)[-1]
-    nodes = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port]
-    how = {"cwd": folder, "env": user_environment(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    agents = [subprocess.Popen([*nodes, "--node_rank", rank, script, *constants], **how) for rank in ("0", "1")]
+    nodes = [
+        "torchrun",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        port,
+    ]
+    how = {
+        "cwd": folder,
+        "env": user_environment(),
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+    }
+    agents = [
+        subprocess.Popen([*nodes, "--node_rank", rank, script, *constants], **how)
+        for rank in ("0", "1")
+    ]
     try:
         return [agent.wait(timeout=240) for agent in agents]
     finally:
@@ -61,7 +81,9 @@ def test_two_ranks_uneven_data_accumulation_and_an_early_end(toy_folder, tmp_pat
     """
     rows = torch.load(toy_folder / "train.pt", weights_only=True)[:7]
     torch.save(rows, tmp_path / "seven.pt")
-    constants = data(toy_folder, MICRO_BSIZE=2, GRAD_ACC=2, LR=1e-2, TOTAL_TRAIN_STEPS=100, SAVE_EVERY=2)
+    constants = data(
+        toy_folder, MICRO_BSIZE=2, GRAD_ACC=2, LR=1e-2, TOTAL_TRAIN_STEPS=100, SAVE_EVERY=2
+    )
     command = [*launcher(2), SUITE / "train_blockwise.py", *constants, "--PT_FILE", "seven.pt"]
     (tmp_path / "ckpts_stagewise_sft_32_logs").mkdir()
     (tmp_path / "ckpts_stagewise_sft_32_logs" / "mine.txt").write_text("")  # a taken name
@@ -70,7 +92,9 @@ def test_two_ranks_uneven_data_accumulation_and_an_early_end(toy_folder, tmp_pat
 
     blocks = sum(-(-(len(row["full_ids"]) - row["prompt_len"]) // 32) for row in rows)
     steps = blocks // 8
-    assert steps == 3  # the first two have learning rate 0: a checkpoint without the last one has not changed
+    assert (
+        steps == 3
+    )  # the first two have learning rate 0: a checkpoint without the last one has not changed
     logs = tmp_path / "ckpts_stagewise_sft_32_logs-v2"
     assert len(losses(logs)) == steps
     assert os.listdir(tmp_path / "ckpts_stagewise_sft_32_logs") == ["mine.txt"]
@@ -85,10 +109,13 @@ def test_two_ranks_uneven_data_accumulation_and_an_early_end(toy_folder, tmp_pat
     assert run["GRAD_ACC"] == 2 and run["versions"]["torch"] == version("torch")
     assert run["pt_sha256"] == hashlib.sha256((tmp_path / "seven.pt").read_bytes()).hexdigest()
     assert budget["forward tokens"] == 8 * steps * 256
-    assert budget["draws"] * 5 < budget["supervised tokens"] < budget["draws"] * 27  # 15.5 expected, or less
+    assert (
+        budget["draws"] * 5 < budget["supervised tokens"] < budget["draws"] * 27
+    )  # 15.5 expected, or less
     assert budget["trained parameters"] == 3 * (3 * (96 + 96) + 96 + 256) * 4
     assert all(
-        f"{budget[name]:,} {name}" in printed for name in ("draws left out", "forward tokens", "supervised tokens")
+        f"{budget[name]:,} {name}" in printed
+        for name in ("draws left out", "forward tokens", "supervised tokens")
     )
     ablation = json.loads((logs / "ablation_config.json").read_text())
     assert ablation == {"PREFIX_MASK_RATE": 0.0, "SUFFIX_MASK_PROB": 1.0, "BLOCK_SIZE": 32}
@@ -96,18 +123,30 @@ def test_two_ranks_uneven_data_accumulation_and_an_early_end(toy_folder, tmp_pat
     assert scheduler["total_num_steps"] == steps
 
     last = f"ckpts_stagewise_sft_32_step{steps:04d}-v2"
-    base, tuned = (load_file(folder / "model.safetensors") for folder in (toy_folder / "model", tmp_path / last))
+    base, tuned = (
+        load_file(folder / "model.safetensors")
+        for folder in (toy_folder / "model", tmp_path / last)
+    )
     changed = {name for name in base if not torch.equal(base[name], tuned[name])}
     kinds = ("q_proj", "k_proj", "v_proj", "up_proj")
-    assert changed == {f"model.transformer.blocks.{i}.{kind}.weight" for i in range(3) for kind in kinds}
+    assert changed == {
+        f"model.transformer.blocks.{i}.{kind}.weight" for i in range(3) for kind in kinds
+    }
     snippet = readme_snippet("from_pretrained")
-    snippet = re.sub(r'"ckpts_[^"]*"', repr(last), snippet).replace('"cuda"', '"cpu"') + "\nprint(logits.shape)"
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
+    snippet = (
+        re.sub(r'"ckpts_[^"]*"', repr(last), snippet).replace('"cuda"', '"cpu"')
+        + "\nprint(logits.shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "126464" in done.stdout
 
 
-def test_ranks_nodes_and_accumulation_share_a_global_batch_without_changing_it(toy_folder, tmp_path):
+def test_ranks_nodes_and_accumulation_share_a_global_batch_without_changing_it(
+    toy_folder, tmp_path
+):
     """Batch 4 as 4 rows, as two accumulated micro-batches, as two ranks of one node and of two: the same losses but
     for bf16's noise.
 
@@ -123,27 +162,47 @@ def test_ranks_nodes_and_accumulation_share_a_global_batch_without_changing_it(t
     two = [*launcher(2), script, *constants, *flags(MICRO_BSIZE=2, CKPT_DIR="two")]
     status, printed = launch(two, tmp_path)
     assert status == 0, printed
-    assert printed.count("supervised tokens") == 2  # rank 0 alone speaks, at the start and at the end
+    assert (
+        printed.count("supervised tokens") == 2
+    )  # rank 0 alone speaks, at the start and at the end
 
     nodes = [*constants, *flags(MICRO_BSIZE=2, CKPT_DIR="nodes")]
     assert run_on_two_nodes(script, nodes, tmp_path) == [0, 0]
 
-    first, *others = [losses(tmp_path / f"{name}_logs") for name in ("one", "accumulated", "two", "nodes")]
+    first, *others = [
+        losses(tmp_path / f"{name}_logs") for name in ("one", "accumulated", "two", "nodes")
+    ]
     assert len(first) == 8
     for other in others:
         assert max(abs(a - b) for a, b in zip(first, other, strict=True)) < 0.02
     assert abs(first[0] - first[-1]) > 0.1  # the weights have moved by far more than that
     names = ("one", "accumulated", "two", "nodes")
-    runs = [json.loads((tmp_path / f"{name}_logs" / "run_config.json").read_text()) for name in names]
+    runs = [
+        json.loads((tmp_path / f"{name}_logs" / "run_config.json").read_text()) for name in names
+    ]
     assert all(run["budget"] == runs[0]["budget"] for run in runs)
-    assert sorted(os.listdir(tmp_path)) == sorted(f"{name}_{kind}" for name in names for kind in ("logs", "step0008"))
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        f"{name}_{kind}" for name in names for kind in ("logs", "step0008")
+    )
     assert not (tmp_path / "one_logs" / "ablation_config.json").exists()
 
 
 def test_ctrl_c_is_one_line_and_the_run_can_go_on(toy_folder, tmp_path):
-    command = [sys.executable, SUITE / "train_blockwise.py", *data(toy_folder, MICRO_BSIZE=2, TOTAL_TRAIN_STEPS=100)]
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
-    how = {"cwd": tmp_path, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "preexec_fn": heed}
+    command = [
+        sys.executable,
+        SUITE / "train_blockwise.py",
+        *data(toy_folder, MICRO_BSIZE=2, TOTAL_TRAIN_STEPS=100),
+    ]
+    heed = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # which a shell's background jobs ignore
+    how = {
+        "cwd": tmp_path,
+        "text": True,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "preexec_fn": heed,
+    }
     run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": ""}, **how)
     log = tmp_path / "ckpts_stagewise_sft_32_logs" / "train_loss.csv"
     deadline = time.time() + 200
@@ -155,7 +214,10 @@ def test_ctrl_c_is_one_line_and_the_run_can_go_on(toy_folder, tmp_path):
     assert run.returncode == 1, printed  # sys.exit's; an interrupt that nobody catches is another
     assert printed.count("stopped: KeyboardInterrupt(); give the same command again") == 1, printed
     assert len(losses(log.parent)) >= 2
-    assert sorted(os.listdir(tmp_path)) == ["ckpts_stagewise_sft_32_logs", "ckpts_stagewise_sft_32_state"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "ckpts_stagewise_sft_32_logs",
+        "ckpts_stagewise_sft_32_state",
+    ]
 
 
 def test_seeds_and_the_time_to_wait(toy_folder, tmp_path, monkeypatch, blockwise):
@@ -165,9 +227,13 @@ def test_seeds_and_the_time_to_wait(toy_folder, tmp_path, monkeypatch, blockwise
     arguments = data(toy_folder, MICRO_BSIZE=2, GRAD_ACC=2, SEED=7, TOTAL_TRAIN_STEPS=2)
     monkeypatch.setattr(sys, "argv", ["train_blockwise.py", *arguments])
     monkeypatch.setattr(torch, "manual_seed", seeds.append)
-    monkeypatch.setattr(blockwise.deepspeed, "init_distributed", lambda timeout: waits.append(timeout))
     monkeypatch.setattr(
-        blockwise.deepspeed, "initialize", lambda **_: (mock.MagicMock(get_lr=lambda: [1.0], device="cpu"),)
+        blockwise.deepspeed, "init_distributed", lambda timeout: waits.append(timeout)
+    )
+    monkeypatch.setattr(
+        blockwise.deepspeed,
+        "initialize",
+        lambda **_: (mock.MagicMock(get_lr=lambda: [1.0], device="cpu"),),
     )
     monkeypatch.setattr(blockwise.deepspeed, "comm", mock.MagicMock())
     monkeypatch.setattr(blockwise, "supervised_loss", lambda *_: torch.tensor(1.0))
@@ -181,14 +247,27 @@ def test_seeds_and_the_time_to_wait(toy_folder, tmp_path, monkeypatch, blockwise
             record = json.loads(Path("ckpts_stagewise_sft_32_logs/run_config.json").read_text())
             Path("ckpts_stagewise_sft_32_state/run.json").write_text(json.dumps(record))
     first = 7 * 2**32
-    assert seeds == [7, first, first + 4, first + 8, first + 12, 7, first + 2, first + 6, first + 10, first + 14]
+    assert seeds == [
+        7,
+        first,
+        first + 4,
+        first + 8,
+        first + 12,
+        7,
+        first + 2,
+        first + 6,
+        first + 10,
+        first + 14,
+    ]
     assert waits == [timedelta(hours=2)] * 2
 
 
 def test_an_infinite_loss_makes_the_gradient_bad_too(toy_folder, tmp_path, monkeypatch, blockwise):
     """DeepSpeed leaves out an update for its gradients alone; the state before it must still be there to be saved."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_blockwise.py", *data(toy_folder, MICRO_BSIZE=2, TOTAL_TRAIN_STEPS=3)])
+    monkeypatch.setattr(
+        sys, "argv", ["train_blockwise.py", *data(toy_folder, MICRO_BSIZE=2, TOTAL_TRAIN_STEPS=3)]
+    )
     losses = iter((1.5, float("inf")))
     monkeypatch.setattr(blockwise, "supervised_loss", lambda *_: torch.tensor(next(losses)))
     monkeypatch.setattr(blockwise.deepspeed, "init_distributed", lambda timeout: None)
@@ -210,5 +289,7 @@ def test_an_infinite_loss_makes_the_gradient_bad_too(toy_folder, tmp_path, monke
 def test_scripts_stand_alone(script, tmp_path):
     """Copied elsewhere, a trainer still runs: it needs nothing of this repository."""
     (tmp_path / script).write_text((SUITE / script).read_text())
-    status, printed = launch([sys.executable, script, "--PT_FILE", "none.pt", "--MODEL_NAME", "none"], tmp_path)
+    status, printed = launch(
+        [sys.executable, script, "--PT_FILE", "none.pt", "--MODEL_NAME", "none"], tmp_path
+    )
     assert status != 0 and "none.pt" in printed and "Traceback" not in printed

@@ -13,7 +13,9 @@ V, ROWS, L = 50, 5, 12
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    config = LLaDAConfig(d_model=16, n_layers=2, n_heads=2, mlp_hidden_size=24, vocab_size=V, init_std=0.3)
+    config = LLaDAConfig(
+        d_model=16, n_layers=2, n_heads=2, mlp_hidden_size=24, vocab_size=V, init_std=0.3
+    )
     return LLaDAModelLM(config)
 
 
@@ -29,7 +31,9 @@ def definition(model, input_ids, noisy_ids, loss_mask):
     """Mean over rows of the mean over the row's masked positions, from the full logits, in plain loops."""
     logits, total = model(input_ids=noisy_ids).logits, 0.0
     for row in range(ROWS):
-        losses = [cross_entropy(logits[row, i], input_ids[row, i]) for i in range(L) if loss_mask[row, i]]
+        losses = [
+            cross_entropy(logits[row, i], input_ids[row, i]) for i in range(L) if loss_mask[row, i]
+        ]
         total = total + (sum(losses) / len(losses) if losses else 0.0)
     return total / ROWS
 
@@ -56,7 +60,9 @@ def test_no_supervised_position_at_all(trainer, model):
 
 def test_only_supervised_positions_reach_the_head(trainer, model):
     seen = []
-    model.get_output_embeddings().register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
+    model.get_output_embeddings().register_forward_hook(
+        lambda _, inputs, output: seen.append(output.shape)
+    )
     rows = batch()
     trainer.supervised_loss(model, *rows)
     assert seen == [(rows[2].sum(), V)]

@@ -24,7 +24,9 @@ def adapted(trainer, scale=0.3):
 
 def merged_weights(trainer, model, folder):
     """What save_merged writes, and the folder it wrote."""
-    trainer.save_merged(model, AutoTokenizer.from_pretrained(trainer.MODEL_NAME, fix_mistral_regex=False), folder)
+    trainer.save_merged(
+        model, AutoTokenizer.from_pretrained(trainer.MODEL_NAME, fix_mistral_regex=False), folder
+    )
     return load_file(os.path.join(folder, "model.safetensors"))
 
 
@@ -43,7 +45,9 @@ def test_merge_is_the_definition_and_touches_nothing_else(trainer, tmp_path):
             prefix = f"base_model.model.{name.removesuffix('.weight')}"
             a, b = (before[f"{prefix}.lora_{x}.default.weight"].double() for x in "AB")
             exact = weight.double() + 6 / 4 * b @ a
-            assert (merged[name].double() - exact).abs().max() <= exact.abs().max() * 2**-8  # bf16's rounding
+            assert (
+                merged[name].double() - exact
+            ).abs().max() <= exact.abs().max() * 2**-8  # bf16's rounding
             assert not torch.equal(merged[name], weight)
         else:
             assert torch.equal(merged[name], weight)
@@ -53,12 +57,19 @@ def test_merge_is_the_definition_and_touches_nothing_else(trainer, tmp_path):
 
 def test_merged_model_computes_what_the_adapted_one_does(trainer, tmp_path):
     model = adapted(trainer, scale=0.05).eval()
-    plain = AutoModelForCausalLM.from_pretrained(trainer.MODEL_NAME, trust_remote_code=True).float().eval()
+    plain = (
+        AutoModelForCausalLM.from_pretrained(trainer.MODEL_NAME, trust_remote_code=True)
+        .float()
+        .eval()
+    )
     ids = torch.randint(1500, (2, 20))
     with torch.no_grad():
         before = plain(input_ids=ids).logits
         plain.load_state_dict(
-            {name: weight.float() for name, weight in merged_weights(trainer, model, tmp_path).items()}
+            {
+                name: weight.float()
+                for name, weight in merged_weights(trainer, model, tmp_path).items()
+            }
         )
         ours, theirs = plain(input_ids=ids).logits, model.float()(input_ids=ids).logits
     assert (ours - theirs).abs().max() < 0.05 * (before - theirs).abs().max()
@@ -67,9 +78,17 @@ def test_merged_model_computes_what_the_adapted_one_does(trainer, tmp_path):
 def test_checkpoint_loads_by_itself(trainer, tmp_path):
     model = adapted(trainer)
     weights = merged_weights(trainer, model, tmp_path / "a" / "checkpoint")
-    whole = {"model.safetensors", "tokenizer.json", "config.json", "modeling_llada.py", "configuration_llada.py"}
+    whole = {
+        "model.safetensors",
+        "tokenizer.json",
+        "config.json",
+        "modeling_llada.py",
+        "configuration_llada.py",
+    }
     assert whole <= set(os.listdir(tmp_path / "a" / "checkpoint"))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "checkpoint", trust_remote_code=True, dtype="auto")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "a" / "checkpoint", trust_remote_code=True, dtype="auto"
+    )
     assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in weights.items())
     tokenizers = [
         AutoTokenizer.from_pretrained(path, fix_mistral_regex=False)
@@ -83,10 +102,14 @@ def test_targets_never_reach_the_head(trainer):
     """`ff_out` names a layer of every block and the LM head (T12)."""
     trainer.LORA_TARGETS = ["ff_out", "q_proj", "gate_proj"]
     model = AutoModelForCausalLM.from_pretrained(trainer.MODEL_NAME, trust_remote_code=True)
-    expected = {f"model.transformer.blocks.{i}.{end}" for i in range(3) for end in ("ff_out", "q_proj")}
+    expected = {
+        f"model.transformer.blocks.{i}.{end}" for i in range(3) for end in ("ff_out", "q_proj")
+    }
     assert set(trainer.match_targets(model)) == expected
     trained = {n for n, p in trainer.build_model("cpu").named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * 6 and all(".blocks." in name and ".lora_" in name for name in trained)
+    assert len(trained) == 2 * 6 and all(
+        ".blocks." in name and ".lora_" in name for name in trained
+    )
 
 
 def test_alpha_is_tied_to_the_rank(trainer):
@@ -100,17 +123,25 @@ def test_loading(trainer, monkeypatch):
     """Straight to its device in bf16 (T24), with LoRA's dropout on."""
     given, load = {}, AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(
-        trainer.AutoModelForCausalLM, "from_pretrained", lambda name, **how: given.update(how) or load(name, **how)
+        trainer.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda name, **how: given.update(how) or load(name, **how),
     )
     trainer.LORA_DROPOUT = 0.3
     model = trainer.build_model("cpu").train()
     assert (given["dtype"], given["device_map"]) == (torch.bfloat16, {"": "cpu"})
-    dropouts = {module.p for name, module in model.named_modules() if name.endswith("lora_dropout.default")}
+    dropouts = {
+        module.p for name, module in model.named_modules() if name.endswith("lora_dropout.default")
+    }
     assert dropouts == {0.3}
 
 
 def test_the_adapter_is_the_same_on_every_rank(trainer):
-    one, _, other = trainer.build_model("cpu").state_dict(), torch.rand(7), trainer.build_model("cpu").state_dict()
+    one, _, other = (
+        trainer.build_model("cpu").state_dict(),
+        torch.rand(7),
+        trainer.build_model("cpu").state_dict(),
+    )
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
@@ -126,13 +157,17 @@ def test_toy_llada_scales_to_the_real_shape():
 def test_toy_llada_is_bidirectional_and_knows_positions():
     torch.manual_seed(0)
     model = LLaDAModelLM(
-        LLaDAConfig(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=32, vocab_size=40, init_std=0.3)
+        LLaDAConfig(
+            d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=32, vocab_size=40, init_std=0.3
+        )
     )
     ids = torch.arange(8)[None]
     changed = ids.clone()
     changed[0, 7] = 30
     logits = model.eval()(input_ids=ids).logits
-    assert (logits[0, 0] - model(input_ids=changed).logits[0, 0]).abs().max() > 1e-3  # the last token reaches the first
+    assert (
+        logits[0, 0] - model(input_ids=changed).logits[0, 0]
+    ).abs().max() > 1e-3  # the last token reaches the first
     assert (logits[0] - model(input_ids=ids.flip(1)).logits[0].flip(0)).abs().max() > 1e-3
     hidden = torch.ones(1, 8)
     hidden[0, 7] = 0
@@ -168,18 +203,26 @@ def loss_and_gradients(trainer, **constants):
 
     torch.manual_seed(0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = trainer.supervised_loss(model, *trainer.make_batch(examples, draws, numbers[0, 0, 0], 0))
+        loss = trainer.supervised_loss(
+            model, *trainer.make_batch(examples, draws, numbers[0, 0, 0], 0)
+        )
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     assert len(gradients) == 2 * 4 * 3 and all(gradient.any() for gradient in gradients)
-    return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients]), sum(kept.values())
+    return (
+        loss.detach(),
+        torch.cat([gradient.flatten() for gradient in gradients]),
+        sum(kept.values()),
+    )
 
 
 def test_activation_checkpointing_changes_memory_alone(trainer):
     """Bit for bit, dropout included; blocks and loss keep little but their inputs."""
     trainer.LORA_DROPOUT = 0.3
     loss, gradients, kept = loss_and_gradients(trainer)
-    lean_loss, lean_gradients, lean_kept = loss_and_gradients(trainer, ACTIVATION_CHECKPOINTING=True)
+    lean_loss, lean_gradients, lean_kept = loss_and_gradients(
+        trainer, ACTIVATION_CHECKPOINTING=True
+    )
     assert torch.equal(loss, lean_loss) and torch.equal(gradients, lean_gradients)
     assert lean_kept < 0.5 * kept
 

@@ -45,9 +45,15 @@ FILES = {
     "ids beyond any integer type": (rows(full_ids=torch.arange(20) + 2**40), "ids beyond"),
     "negative ids": (rows(full_ids=torch.arange(-5, 15)), "row 1 has full_ids"),
     "MASK_ID in it": (rows(full_ids=torch.tensor([5, 6, 7, 126336, 8])), "MASK_ID"),
-    "no answer in any row": ([{"prompt_len": 20, "full_ids": GOOD["full_ids"]}] * 4, "0 rows with an answer"),
+    "no answer in any row": (
+        [{"prompt_len": 20, "full_ids": GOOD["full_ids"]}] * 4,
+        "0 rows with an answer",
+    ),
     "fewer rows than MICRO_BSIZE": ([GOOD], "MICRO_BSIZE = 2"),
-    "another tokenizer": ([{"prompt_len": 3, "full_ids": torch.arange(60000, 60020)}] * 40, "another tokenizer"),
+    "another tokenizer": (
+        [{"prompt_len": 3, "full_ids": torch.arange(60000, 60020)}] * 40,
+        "another tokenizer",
+    ),
 }
 
 
@@ -58,12 +64,20 @@ def test_data_files(trainer, case, tmp_path):
     torch.save(content, trainer.PT_FILE)
     problems = trainer.preflight({}, 1)
     assert any(named in problem for problem in problems)
-    assert all(trainer.PT_FILE in problem and "\n" not in problem and len(problem) < 400 for problem in problems)
+    assert all(
+        trainer.PT_FILE in problem and "\n" not in problem and len(problem) < 400
+        for problem in problems
+    )
 
 
 def test_damaged_missing_and_dangerous_files(trainer, tmp_path, capsys):
     whole = Path(trainer.PT_FILE).read_bytes()
-    contents = {"truncated.pt": whole[: len(whole) // 2], "text.pt": b"rows", "empty.pt": b"", "missing.pt": None}
+    contents = {
+        "truncated.pt": whole[: len(whole) // 2],
+        "text.pt": b"rows",
+        "empty.pt": b"",
+        "missing.pt": None,
+    }
     contents["code.pt"] = pickle.dumps([Code()])
     for name, content in contents.items():
         trainer.PT_FILE = str(tmp_path / name)
@@ -103,7 +117,12 @@ CONSTANTS = [
 
 @pytest.mark.parametrize(
     ("method", "name", "value"),
-    [(method, name, value) for method in TRAINERS for name, value in CONSTANTS if name in TRAINERS[method].CONSTANTS],
+    [
+        (method, name, value)
+        for method in TRAINERS
+        for name, value in CONSTANTS
+        if name in TRAINERS[method].CONSTANTS
+    ],
 )
 def test_constants_out_of_range(request, method, name, value):
     trainer = request.getfixturevalue(method)
@@ -113,7 +132,9 @@ def test_constants_out_of_range(request, method, name, value):
 
 
 def test_every_constant_is_checked(trainer):
-    assert sorted(name for *_, names in trainer.RANGES for name in names.split()) == sorted(trainer.CONSTANTS)
+    assert sorted(name for *_, names in trainer.RANGES for name in names.split()) == sorted(
+        trainer.CONSTANTS
+    )
 
 
 def test_good_constants_pass(trainer):
@@ -144,7 +165,9 @@ def test_incomplete_weights(trainer, tmp_path):
     weights.pop("model.transformer.blocks.1.up_proj.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     trainer.MODEL_NAME = str(folder)
-    with pytest.raises(SystemExit, match=r"1 weights are missing, such as model.transformer.blocks.1.up_proj"):
+    with pytest.raises(
+        SystemExit, match=r"1 weights are missing, such as model.transformer.blocks.1.up_proj"
+    ):
         trainer.build_model("cpu")
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match=r"no file named .*model\.safetensors"):
@@ -152,14 +175,19 @@ def test_incomplete_weights(trainer, tmp_path):
 
 
 def test_the_weights_are_not_loaded(trainer, monkeypatch):
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded the weights")
+    )
     assert trainer.preflight({}, 1) == []
 
 
 def test_mask_id(trainer):
     for value in (126335, 10**6):
         trainer.MASK_ID = value
-        assert any(f"MASK_ID = {value}" in problem and "126336" in problem for problem in trainer.preflight({}, 1))
+        assert any(
+            f"MASK_ID = {value}" in problem and "126336" in problem
+            for problem in trainer.preflight({}, 1)
+        )
 
 
 def test_targets(trainer):
@@ -167,7 +195,10 @@ def test_targets(trainer):
     trainer.LORA_TARGETS = ["q_proj", "gate_proj"]
     run = {}
     assert trainer.preflight(run, 1) == []
-    assert (run["budget"]["layers q_proj"], run["budget"]["layers gate_proj"]) == (3, 0)  # which is printed
+    assert (run["budget"]["layers q_proj"], run["budget"]["layers gate_proj"]) == (
+        3,
+        0,
+    )  # which is printed
     trainer.LORA_TARGETS = ["gate_proj", "proj"]
     (problem,) = trainer.preflight({}, 1)
     assert "LORA_TARGETS" in problem and "gate_proj" in problem
@@ -181,7 +212,12 @@ def test_less_than_a_global_batch(blockwise):
 
 
 def test_less_than_a_step(trainer):
-    trainer.MICRO_BSIZE, trainer.GRAD_ACC, trainer.TOTAL_TRAIN_STEPS, trainer.MAX_SAMPLES = 30, 2, None, 59
+    trainer.MICRO_BSIZE, trainer.GRAD_ACC, trainer.TOTAL_TRAIN_STEPS, trainer.MAX_SAMPLES = (
+        30,
+        2,
+        None,
+        59,
+    )
     (problem,) = trainer.preflight({}, 1)
     assert "MAX_SAMPLES = 59" in problem
 
@@ -193,13 +229,32 @@ def test_problems_are_reported_together(trainer, tmp_path):
 
 
 def overridden(trainer, *argv):
-    return trainer.read_overrides(argv), {name: getattr(trainer, name) for name in trainer.CONSTANTS}
+    return trainer.read_overrides(argv), {
+        name: getattr(trainer, name) for name in trainer.CONSTANTS
+    }
 
 
 def test_overrides(trainer):
     before = {name: getattr(trainer, name) for name in trainer.CONSTANTS}
-    given = ["--local_rank=0", "--LR", "2e-4", "--SEED=7", "--SEED=8", "--LORA_TARGETS", "q_proj,ff_out"]
-    given += ["--MASK_PADDING", "True", "--TOTAL_TRAIN_STEPS", "None", "--LORA_ALPHA", "3", "--PT_FILE", "1"]
+    given = [
+        "--local_rank=0",
+        "--LR",
+        "2e-4",
+        "--SEED=7",
+        "--SEED=8",
+        "--LORA_TARGETS",
+        "q_proj,ff_out",
+    ]
+    given += [
+        "--MASK_PADDING",
+        "True",
+        "--TOTAL_TRAIN_STEPS",
+        "None",
+        "--LORA_ALPHA",
+        "3",
+        "--PT_FILE",
+        "1",
+    ]
     problems, after = overridden(trainer, *given)
     assert problems == []
     changed = {"LR": 2e-4, "SEED": 8, "LORA_TARGETS": ["q_proj", "ff_out"], "MASK_PADDING": True}
@@ -214,7 +269,8 @@ def test_unknown_overrides(trainer, word):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("SEED", "x"), ("SEED", "1.5"), ("SEED", "True"), ("LR", "fast"), ("MASK_PADDING", "1")]
+    ("name", "text"),
+    [("SEED", "x"), ("SEED", "1.5"), ("SEED", "True"), ("LR", "fast"), ("MASK_PADDING", "1")],
 )
 def test_overrides_of_the_wrong_type(trainer, name, text):
     (problem,), _ = overridden(trainer, f"--{name}", text)
@@ -237,14 +293,24 @@ def test_help_names_every_constant(name):
 def test_importing_does_nothing(tmp_path):
     """Fails on the published behaviour (T15): importing wrote ds_zero2.json, on every rank."""
     code = "import train_blockwise, train_fullseq, torch; assert not torch.distributed.is_initialized()"
-    subprocess.run([sys.executable, "-c", code, "--nonsense"], cwd=tmp_path, env={"PYTHONPATH": str(SUITE)}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, "--nonsense"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(SUITE)},
+        check=True,
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_run_on_two_ranks(tmp_path, toy_folder):
     """Ends by itself, non-zero, all problems in one message, without a traceback, with nothing left behind."""
     command = [*launcher(2), SUITE / "train_blockwise.py"]
-    wrong = flags(BLOCK_SIZE=0, MASK_PROB_EPS=1.5, MODEL_NAME=toy_folder / "model", PT_FILE=toy_folder / "train.pt")
+    wrong = flags(
+        BLOCK_SIZE=0,
+        MASK_PROB_EPS=1.5,
+        MODEL_NAME=toy_folder / "model",
+        PT_FILE=toy_folder / "train.pt",
+    )
     status, printed = launch([*command, *wrong, "--NO_SUCH", "1"], tmp_path)
     assert status != 0
     for named in ("BLOCK_SIZE = 0", "MASK_PROB_EPS = 1.5", "--NO_SUCH"):
@@ -255,7 +321,9 @@ def test_a_wrong_run_on_two_ranks(tmp_path, toy_folder):
 
 def test_a_wrong_run_of_one_process(tmp_path, toy_folder):
     command = [sys.executable, SUITE / "train_fullseq.py"]
-    status, printed = launch([*command, *flags(MODEL_NAME="no/model", PT_FILE=toy_folder / "train.pt")], tmp_path)
+    status, printed = launch(
+        [*command, *flags(MODEL_NAME="no/model", PT_FILE=toy_folder / "train.pt")], tmp_path
+    )
     assert status != 0 and len(printed.splitlines()) == 1
     assert "MODEL_NAME = 'no/model'" in printed
 
@@ -275,14 +343,22 @@ transformers.AutoModelForCausalLM.from_pretrained = fail
 runpy.run_path({str(SUITE / "train_blockwise.py")!r}, run_name="__main__")"""
     data = flags(MODEL_NAME=toy_folder / "model", PT_FILE=toy_folder / "train.pt", MICRO_BSIZE=2)
     status, printed = launch([sys.executable, "-c", code, *data], tmp_path)
-    lines = [line for line in printed.splitlines() if "new run" not in line and "forward tokens" not in line]
+    lines = [
+        line
+        for line in printed.splitlines()
+        if "new run" not in line and "forward tokens" not in line
+    ]
     assert status == 1 and len(lines) == 1 and named in lines[0]
 
 
 def test_the_toys_own_checks(toy_folder):
     """The model that the others are tested with has LLaDA's ids and template, and its data fit MAX_LEN 256."""
     config = json.loads((toy_folder / "model" / "config.json").read_text())
-    assert (config["mask_token_id"], config["embedding_size"], config["model_type"]) == (126336, 126464, "llada")
+    assert (config["mask_token_id"], config["embedding_size"], config["model_type"]) == (
+        126336,
+        126464,
+        "llada",
+    )
     tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
     names = [
         "<|startoftext|>",
@@ -292,10 +368,23 @@ def test_the_toys_own_checks(toy_folder):
         "<|end_header_id|>",
         "<|eot_id|>",
     ]
-    assert tokenizer.convert_tokens_to_ids(names) == [126080, 126081, 126336, 126346, 126347, 126348]
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (names[0], names[1], names[1])
+    assert tokenizer.convert_tokens_to_ids(names) == [
+        126080,
+        126081,
+        126336,
+        126346,
+        126347,
+        126348,
+    ]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        names[0],
+        names[1],
+        names[1],
+    )
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a\n\n\nb")
-    assert len(pieces) == 3 and len(tokenizer.tokenize("a\n\nb")) == 3  # runs of newlines stay whole
+    assert (
+        len(pieces) == 3 and len(tokenizer.tokenize("a\n\nb")) == 3
+    )  # runs of newlines stay whole
     chat = tokenizer.apply_chat_template([{"role": "user", "content": " x "}], tokenize=False)
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
     assert chat == f"<|startoftext|>{header.format('user')}x<|eot_id|>{header.format('assistant')}"
@@ -307,7 +396,10 @@ def test_the_toys_own_checks(toy_folder):
 def test_a_pinned_revision(trainer, toy_folder):
     """MODEL_REVISION pins weights and code alike: that of another revision is never run; the pin is recorded."""
     hub = Path(os.environ["HF_HOME"], "hub", "models--some--toy")
-    for commit, code in (("1" * 40, ""), ("2" * 40, "raise RuntimeError('code of main has run')\n")):
+    for commit, code in (
+        ("1" * 40, ""),
+        ("2" * 40, "raise RuntimeError('code of main has run')\n"),
+    ):
         shutil.copytree(toy_folder / "model", hub / "snapshots" / commit, dirs_exist_ok=True)
         modeling = hub / "snapshots" / commit / "modeling_llada.py"
         modeling.write_text(code + (toy_folder / "model" / "modeling_llada.py").read_text())

@@ -21,7 +21,11 @@ CHATML = (
 BARE = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"  # no header of any kind
 TEMPLATES = {"llada": None, "chatml": CHATML, "bare": BARE}
 ROWS = [
-    {"type": "MATH_AnsAug", "query": "What is 2 + 3?", "response": "2 + 3 = 5\n#### 5\nThe answer is: 5"},
+    {
+        "type": "MATH_AnsAug",
+        "query": "What is 2 + 3?",
+        "response": "2 + 3 = 5\n#### 5\nThe answer is: 5",
+    },
     {"type": "GSM_AnsAug", "query": "Ada has {7} pens.", "response": "She said: step by step."},
     {"type": None, "query": "Ünïcode 🙂 — and\n\n\nnewlines", "response": "  é🙂\n\nassistant\n\n"},
 ]
@@ -59,7 +63,9 @@ def test_boundaries_and_no_lost_text(tokenizer):
 def test_parity_with_the_published_script_row_by_row(toy_folder):
     """What the published script computes on transformers 4.57: render, cut 47 characters, encode both."""
     tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
-    rows = [json.loads(line) for line in (toy_folder / "data" / "train.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (toy_folder / "data" / "train.jsonl").read_text().splitlines()
+    ]
     rows += [row for row in ROWS if "🙂" not in row["query"]]
     samples, _ = pt.preprocess(dataset(rows), tokenizer, 226, 0, "GSM")
     expected = []
@@ -67,10 +73,14 @@ def test_parity_with_the_published_script_row_by_row(toy_folder):
         if isinstance(row["type"], str) and "GSM" in row["type"]:
             continue
         user = [{"role": "user", "content": pt.PROMPT.format(query=row["query"])}]
-        text = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": row["response"]}], tokenize=False)
+        text = tokenizer.apply_chat_template(
+            [*user, {"role": "assistant", "content": row["response"]}], tokenize=False
+        )
         full_ids = tokenizer(text[:-47], add_special_tokens=False)["input_ids"]
         prompt_len = len(
-            tokenizer.encode(tokenizer.apply_chat_template(user, tokenize=False), add_special_tokens=False)
+            tokenizer.encode(
+                tokenizer.apply_chat_template(user, tokenize=False), add_special_tokens=False
+            )
         )
         if len(full_ids) <= 226:
             expected.append((prompt_len, full_ids))
@@ -97,21 +107,35 @@ def test_the_whole_is_encoded_once(toy_folder, monkeypatch):
 def test_tokens_that_join_across_the_boundary():
     """Where the prompt alone is one token longer than within the whole, only the whole is right."""
     vocab = {
-        character: i for i, character in enumerate("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.#:'? ,-\n")
+        character: i
+        for i, character in enumerate(
+            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.#:'? ,-\n"
+        )
     }
     vocab |= {"\n\n": len(vocab), "\nX": len(vocab) + 1}
     model = Tokenizer(models.BPE(vocab=vocab, merges=[("\n", "X"), ("\n", "\n")]))
     model.pre_tokenizer = pre_tokenizers.Sequence([])
-    template = "{% for m in messages %}{{ m['content'] }}{{ '\n\n' if m['role'] == 'user' }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m['content'] }}{{ '\n\n' if m['role'] == 'user' }}{% endfor %}"
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, chat_template=template)
-    (sample,), _ = pt.preprocess(dataset([{"query": "q", "response": "Xyz"}]), tokenizer, 10_000, 0, "")
+    (sample,), _ = pt.preprocess(
+        dataset([{"query": "q", "response": "Xyz"}]), tokenizer, 10_000, 0, ""
+    )
     tokens = tokenizer.convert_ids_to_tokens(sample["full_ids"].tolist())
-    assert tokens[sample["prompt_len"] - 2 :] == ["\n", "\nX", "y", "z"]  # the token that straddles is the prompt's
+    assert tokens[sample["prompt_len"] - 2 :] == [
+        "\n",
+        "\nX",
+        "y",
+        "z",
+    ]  # the token that straddles is the prompt's
 
 
 def test_template_that_does_not_continue_the_prompt(toy_folder):
     tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
     with pytest.raises(SystemExit, match="does not continue the prompt"):
         pt.preprocess(dataset(ROWS), tokenizer, 1000, 0, "")
 
@@ -161,7 +185,15 @@ def test_files(suffix, toy_folder, tmp_path, capsys):
     rows = dataset(ROWS[:2])
     write = {".csv": rows.to_csv, ".parquet": rows.to_parquet}.get(suffix, rows.to_json)
     write(tmp_path / f"rows{suffix}", **({"lines": False} if suffix == ".json" else {}))
-    run_pt("--model", toy_folder / "model", "--dataset", f"rows{suffix}", "--output", "rows.pt", cwd=tmp_path)
+    run_pt(
+        "--model",
+        toy_folder / "model",
+        "--dataset",
+        f"rows{suffix}",
+        "--output",
+        "rows.pt",
+        cwd=tmp_path,
+    )
     (sample,) = torch.load(tmp_path / "rows.pt", weights_only=True)
     assert set(sample) == {"prompt_len", "full_ids"}
     printed = capsys.readouterr().out
@@ -172,8 +204,20 @@ def test_files(suffix, toy_folder, tmp_path, capsys):
 
 def test_folder_and_split(toy_folder, tmp_path):
     arguments = ("--model", toy_folder / "model", "--filter_type", "", "--max_samples", "0")
-    for source, split, rows in ((toy_folder / "data", "test", 10), (toy_folder / "data/test.jsonl", "train[:4]", 4)):
-        run_pt(*arguments, "--dataset", source, "--split", split, "--output", f"{rows}.pt", cwd=tmp_path)
+    for source, split, rows in (
+        (toy_folder / "data", "test", 10),
+        (toy_folder / "data/test.jsonl", "train[:4]", 4),
+    ):
+        run_pt(
+            *arguments,
+            "--dataset",
+            source,
+            "--split",
+            split,
+            "--output",
+            f"{rows}.pt",
+            cwd=tmp_path,
+        )
         assert len(torch.load(tmp_path / f"{rows}.pt", weights_only=True)) == rows
 
 
@@ -214,7 +258,14 @@ def test_bad_input_is_one_message_and_no_output(case, toy_folder, tmp_path, caps
     (tmp_path / "latin.jsonl").write_bytes(rows.replace("Ada", "\xe9").encode("latin-1", "replace"))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     arguments, named = BAD[case]
-    default = ["--model", toy_folder / "model", "--dataset", "rows/rows.jsonl", "--output", "new.pt"]
+    default = [
+        "--model",
+        toy_folder / "model",
+        "--dataset",
+        "rows/rows.jsonl",
+        "--output",
+        "new.pt",
+    ]
     with pytest.raises(SystemExit) as stop:
         run_pt(*default, *arguments, cwd=tmp_path)
     message = capsys.readouterr().err.splitlines()[-1] if stop.value.code == 2 else stop.value.code
@@ -226,7 +277,15 @@ def test_bad_input_is_one_message_and_no_output(case, toy_folder, tmp_path, caps
 def test_overwrite_and_full_disk(toy_folder, tmp_path, monkeypatch):
     """A disk that fills up while writing leaves the old file as it was, and no half one."""
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-    arguments = ("--model", toy_folder / "model", "--dataset", "rows.jsonl", "--output", "out.pt", "--overwrite")
+    arguments = (
+        "--model",
+        toy_folder / "model",
+        "--dataset",
+        "rows.jsonl",
+        "--output",
+        "out.pt",
+        "--overwrite",
+    )
     run_pt(*arguments, cwd=tmp_path)
     old = (tmp_path / "out.pt").read_bytes()
 
@@ -247,20 +306,33 @@ def test_processes_change_nothing(toy_folder, monkeypatch):
     """Not even where the last row wanted lies within a batch; and a batch's storage holds its kept ids alone."""
     tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
     monkeypatch.setattr(pt, "BATCH_ROWS", 7)
-    rows = [json.loads(line) for line in (toy_folder / "data" / "train.jsonl").read_text().splitlines()]
-    rows = dataset([row | {"response": row["response"] if i % 5 else ""} for i, row in enumerate(rows)])
+    rows = [
+        json.loads(line) for line in (toy_folder / "data" / "train.jsonl").read_text().splitlines()
+    ]
+    rows = dataset(
+        [row | {"response": row["response"] if i % 5 else ""} for i, row in enumerate(rows)]
+    )
     alone, *others = [pt.preprocess(rows, tokenizer, 256, 20, "", workers) for workers in (0, 1, 2)]
-    assert len(alone[0]) == 20 and alone[1]["malformed"] == 5 and alone[1]["read"] == 25  # rows 0, 5, 10, 15, 20
+    assert (
+        len(alone[0]) == 20 and alone[1]["malformed"] == 5 and alone[1]["read"] == 25
+    )  # rows 0, 5, 10, 15, 20
     kept = [i for i in range(len(rows)) if i % 5]
     for wanted in range(1, 20):  # a batch's last kept row among them
         assert pt.preprocess(rows, tokenizer, 256, wanted, "")[1]["read"] == kept[wanted - 1] + 1
     for samples, counts in others:
         assert counts == alone[1]
         for ours, theirs in zip(samples, alone[0], strict=True):
-            assert ours["prompt_len"] == theirs["prompt_len"] and torch.equal(ours["full_ids"], theirs["full_ids"])
-        storages = {s["full_ids"].untyped_storage().data_ptr(): s["full_ids"].untyped_storage() for s in samples}
+            assert ours["prompt_len"] == theirs["prompt_len"] and torch.equal(
+                ours["full_ids"], theirs["full_ids"]
+            )
+        storages = {
+            s["full_ids"].untyped_storage().data_ptr(): s["full_ids"].untyped_storage()
+            for s in samples
+        }
         assert len(storages) == 4
-        assert sum(storage.nbytes() for storage in storages.values()) == 8 * sum(len(s["full_ids"]) for s in samples)
+        assert sum(storage.nbytes() for storage in storages.values()) == 8 * sum(
+            len(s["full_ids"]) for s in samples
+        )
 
 
 def undecodable(*_):
@@ -271,7 +343,11 @@ def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-ENDS = {"message": (None, "no such turn"), "text": (undecodable, "not UTF-8"), "kill": (killed, "lower --num_workers")}
+ENDS = {
+    "message": (None, "no such turn"),
+    "text": (undecodable, "not UTF-8"),
+    "kill": (killed, "lower --num_workers"),
+}
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -281,9 +357,18 @@ def test_what_ends_a_process_is_one_message(end, toy_folder, tmp_path, monkeypat
     if judge:
         monkeypatch.setattr(pt, "judge", judge)  # in the processes, which are forked
     else:
-        (tmp_path / "model" / "chat_template.jinja").write_text("{{ raise_exception('no such turn') }}")
+        (tmp_path / "model" / "chat_template.jinja").write_text(
+            "{{ raise_exception('no such turn') }}"
+        )
     monkeypatch.setattr(pt, "BATCH_ROWS", 7)
-    arguments = ("--model", "model", "--dataset", toy_folder / "data" / "train.jsonl", "--output", "out.pt")
+    arguments = (
+        "--model",
+        "model",
+        "--dataset",
+        toy_folder / "data" / "train.jsonl",
+        "--output",
+        "out.pt",
+    )
     with pytest.raises(SystemExit, match=message) as stopped:
         run_pt(*arguments, "--num_workers", 2, cwd=tmp_path)
     assert "\n" not in str(stopped.value) and os.listdir(tmp_path) == ["model"]

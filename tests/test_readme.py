@@ -31,7 +31,9 @@ def test_files_and_commands_exist():
         "experiments/plot.py",
         "requirements.txt",
     } <= named
-    assert all((SUITE / name).exists() for name in named), [name for name in named if not (SUITE / name).exists()]
+    assert all((SUITE / name).exists() for name in named), [
+        name for name in named if not (SUITE / name).exists()
+    ]
 
 
 def test_every_override_in_a_command_is_a_constant():
@@ -55,21 +57,27 @@ def test_pt_flags_in_commands_exist(capsys):
         assert set(re.findall(r"--[a-z_]+", line)) <= known, line
 
 
-@pytest.mark.parametrize("script, least", [("bench", 6), ("decode", 1), ("evaluate", 2), ("study", 2), ("chains", 0)])
+@pytest.mark.parametrize(
+    "script, least", [("bench", 6), ("decode", 1), ("evaluate", 2), ("study", 2), ("chains", 0)]
+)
 def test_flags_of_the_experiments_exist(script, least, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit):
         importlib.import_module(script).main()
     known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
     lines = re.findall(rf"{script}\.py([^`\n]*)", README)
-    assert len(lines) >= least and all(set(re.findall(r"--[a-z_]+", line)) <= known for line in lines)
+    assert len(lines) >= least and all(
+        set(re.findall(r"--[a-z_]+", line)) <= known for line in lines
+    )
 
 
 def test_the_slurm_script_starts_a_launcher_a_node_and_requeues(tmp_path):
     """Run as it stands, with stand-ins for Slurm's own commands, which note how they are called."""
     (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", README, re.S)
     for name, body in {"srun": "sleep 15", "scontrol": "echo node1; echo node2"}.items():
-        (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $*" >> {tmp_path}/called\n{body}\n')
+        (tmp_path / name).write_text(
+            f'#!/bin/bash\necho "{name} $*" >> {tmp_path}/called\n{body}\n'
+        )
         (tmp_path / name).chmod(0o755)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").write_text("")
@@ -87,7 +95,9 @@ def test_the_slurm_script_starts_a_launcher_a_node_and_requeues(tmp_path):
         os.killpg(job.pid, signal.SIGKILL)
     show, srun, requeue = called().splitlines()
     assert (show, requeue) == ("scontrol show hostnames node[1-2]", "scontrol requeue 7")
-    assert "torchrun --nnodes 2 " in srun and "--rdzv_endpoint node1:29500 train_blockwise.py" in srun
+    assert (
+        "torchrun --nnodes 2 " in srun and "--rdzv_endpoint node1:29500 train_blockwise.py" in srun
+    )
 
 
 def test_every_row_of_the_differences_is_there():

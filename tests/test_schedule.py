@@ -36,7 +36,10 @@ def test_blocks_are_drawn_uniformly(blockwise):
     """Block of the first visit of 6,000 samples of four blocks: 6 standard deviations, one false alarm in 1e8 runs."""
     blockwise.BLOCK_SIZE = 8
     first = blockwise.schedule(examples_with(*[32] * 6000), 6000)[:, 1]
-    assert all(abs(count / 6000 - 0.25) < 6 * (0.25 * 0.75 / 6000) ** 0.5 for count in np.bincount(first, minlength=4))
+    assert all(
+        abs(count / 6000 - 0.25) < 6 * (0.25 * 0.75 / 6000) ** 0.5
+        for count in np.bincount(first, minlength=4)
+    )
 
 
 def test_fullseq_goes_pass_after_pass(fullseq):
@@ -52,7 +55,9 @@ def test_schedule_is_a_function_of_seed_alone(trainer):
     first = trainer.schedule(examples, 90)
     np.random.default_rng().random(10)
     assert np.array_equal(first, trainer.schedule(examples, 90))
-    assert np.array_equal(first[:40], trainer.schedule(examples, 40))  # a shorter run is a prefix of a longer one
+    assert np.array_equal(
+        first[:40], trainer.schedule(examples, 40)
+    )  # a shorter run is a prefix of a longer one
     trainer.SEED += 1
     assert not np.array_equal(first, trainer.schedule(examples, 90))
 
@@ -78,8 +83,12 @@ def test_ranks_get_equal_slices_that_together_are_all_draws(trainer, world_size)
     draws, shares, _ = trainer.plan(examples_with(*[2000] * 13), world_size)
     assert shares.shape == (5, 2, world_size, 3)
     assert sorted(shares.flatten()) == list(range(len(draws)))
-    for step, share in enumerate(shares):  # a step is the same set of draws, however many ranks share it
-        assert set(share.flatten()) == set(range(step * 6 * world_size, (step + 1) * 6 * world_size))
+    for step, share in enumerate(
+        shares
+    ):  # a step is the same set of draws, however many ranks share it
+        assert set(share.flatten()) == set(
+            range(step * 6 * world_size, (step + 1) * 6 * world_size)
+        )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -91,7 +100,10 @@ def test_early_end(blockwise, world_size):
     assert budget["steps"] == total // (2 * world_size) > 0
     assert budget["draws left out"] == total % (2 * world_size)
     assert max(Counter(map(tuple, draws)).values()) == 1
-    assert blockwise.ds_config(budget["steps"])["scheduler"]["params"]["total_num_steps"] == budget["steps"]
+    assert (
+        blockwise.ds_config(budget["steps"])["scheduler"]["params"]["total_num_steps"]
+        == budget["steps"]
+    )
 
 
 def test_the_published_defaults():
@@ -123,24 +135,47 @@ def test_the_published_optimizer_settings(trainer):
     adamw = config["optimizer"]["params"]
     trainer.GRAD_CLIP, trainer.WARMUP_RATIO, trainer.LR = 0.5, 0.25, 1e-3
     other = trainer.ds_config(200)
-    assert (other["gradient_clipping"], other["scheduler"]["params"]["warmup_num_steps"]) == (0.5, 50)
+    assert (other["gradient_clipping"], other["scheduler"]["params"]["warmup_num_steps"]) == (
+        0.5,
+        50,
+    )
     assert other["optimizer"]["params"]["lr"] == 1e-3
-    assert (adamw["lr"], adamw["betas"], adamw["eps"], adamw["weight_decay"]) == (1e-5, [0.9, 0.95], 1e-8, 0.0)
+    assert (adamw["lr"], adamw["betas"], adamw["eps"], adamw["weight_decay"]) == (
+        1e-5,
+        [0.9, 0.95],
+        1e-8,
+        0.0,
+    )
     cosine = config["scheduler"]["params"]
     assert (cosine["warmup_num_steps"], cosine["cos_min_ratio"]) == (20, 0.01)
     assert (config["gradient_clipping"], config["bf16"]["enabled"]) == (1.0, True)
     zero = config["zero_optimization"]
-    assert (zero["stage"], zero["allgather_bucket_size"], zero["reduce_bucket_size"]) == (2, 2e8, 2e8)
+    assert (zero["stage"], zero["allgather_bucket_size"], zero["reduce_bucket_size"]) == (
+        2,
+        2e8,
+        2e8,
+    )
     assert zero["overlap_comm"] and zero["reduce_scatter"] and zero["contiguous_gradients"]
 
 
 def test_examples_are_cut_dropped_and_counted(trainer, tmp_path):
     trainer.PT_FILE, trainer.MAX_LEN, trainer.MAX_SAMPLES = str(tmp_path / "rows.pt"), 10, 4
-    lengths = [(3, 8), (3, 12), (10, 12), (5, 5), (2, 9)]  # the third has no answer within 10 tokens, the fourth none
-    torch.save([{"prompt_len": p, "full_ids": torch.arange(n)} for p, n in lengths], trainer.PT_FILE)
+    lengths = [
+        (3, 8),
+        (3, 12),
+        (10, 12),
+        (5, 5),
+        (2, 9),
+    ]  # the third has no answer within 10 tokens, the fourth none
+    torch.save(
+        [{"prompt_len": p, "full_ids": torch.arange(n)} for p, n in lengths], trainer.PT_FILE
+    )
     trainer.TOTAL_TRAIN_STEPS, trainer.MICRO_BSIZE = 1, 2
     draws, _, budget = trainer.plan(trainer.load_examples(), 1)
-    assert sorted(draws[:, 0].tolist()) == [0, 1]  # numbers of rows, of which those without an answer are never drawn
+    assert sorted(draws[:, 0].tolist()) == [
+        0,
+        1,
+    ]  # numbers of rows, of which those without an answer are never drawn
     assert [len(ids) for _, ids in trainer.load_examples()] == [8, 10, 10, 5]
     assert (budget["samples"], budget["samples without an answer"]) == (2, 2)
 
@@ -148,7 +183,9 @@ def test_examples_are_cut_dropped_and_counted(trainer, tmp_path):
 def test_batches_hold_what_was_drawn(trainer):
     trainer.MAX_LEN, trainer.MASK_ID = 20, 999
     examples = [(2, torch.arange(100, 107)), (3, torch.arange(200, 220))]
-    input_ids, noisy_ids, loss_mask = trainer.make_batch(examples, np.array([[1, 0], [0, 0]]), [1, 0], pad_id=7)
+    input_ids, noisy_ids, loss_mask = trainer.make_batch(
+        examples, np.array([[1, 0], [0, 0]]), [1, 0], pad_id=7
+    )
     assert input_ids.tolist() == [[*range(100, 107), *[7] * 13], [*range(200, 220)]]
     assert torch.equal(noisy_ids[loss_mask], torch.full((int(loss_mask.sum()),), 999))
     assert not loss_mask[0, :2].any() and not loss_mask[0, 7:].any() and not loss_mask[1, :3].any()

@@ -24,7 +24,12 @@ import pt
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chains") / "base"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"PRETRAIN_STEPS": 0, "PRETRAIN_ROWS": 200, "TRAIN_ROWS": 40, "TEST_ROWS": 6}.items():
+        for name, value in {
+            "PRETRAIN_STEPS": 0,
+            "PRETRAIN_ROWS": 200,
+            "TRAIN_ROWS": 40,
+            "TEST_ROWS": 6,
+        }.items():
             patch.setattr(chains, name, value)
         chains.build(str(folder), seed=2)
     return folder
@@ -38,12 +43,20 @@ def words(base, output, *studies):
 
 def timeless(path):
     with open(path, newline="") as file:
-        return [{name: value for name, value in row.items() if "seconds" not in name} for row in csv.DictReader(file)]
+        return [
+            {name: value for name, value in row.items() if "seconds" not in name}
+            for row in csv.DictReader(file)
+        ]
 
 
 def start(base, output):
     command = [sys.executable, study.__file__, *words(base, output, "equal-tokens")]
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    how = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "start_new_session": True,
+    }
     return subprocess.Popen(command, env=user_environment(OMP_NUM_THREADS="1"), **how)
 
 
@@ -64,7 +77,11 @@ def test_a_study_that_is_killed_goes_on(base, tmp_path):
     assert whole.returncode == 0 and re.search(r"equal-tokens +\| fullseq +\|", printed), printed
     rows = timeless(tmp_path / "two" / "results.csv")
     assert timeless(tmp_path / "one" / "results.csv") == rows
-    assert [(row["method"], row["train_steps"]) for row in rows] == [("base", ""), ("blockwise", "4"), ("fullseq", "1")]
+    assert [(row["method"], row["train_steps"]) for row in rows] == [
+        ("base", ""),
+        ("blockwise", "4"),
+        ("fullseq", "1"),
+    ]
     for path in (tmp_path / "two").glob("*/block*/summary.json"):
         other = tmp_path / "one" / path.relative_to(tmp_path / "two")
         one, two = (json.loads(p.read_text()) for p in (path, other))
@@ -91,22 +108,51 @@ def test_each_study_changes_what_it_says():
     changed = lambda name: [
         cell["constants"].get(name) for cell in by_study[study_of[name]] if cell["method"] != "base"
     ]
-    study_of = {"PREFIX_MASK_RATE": "prefix", "SUFFIX_MASK_PROB": "suffix", "MASK_PADDING": "padding"}
-    assert changed("PREFIX_MASK_RATE") == [0.0, 0.1, 0.2, 0.5] and changed("SUFFIX_MASK_PROB") == [1.0, 0.5, 0.0]
+    study_of = {
+        "PREFIX_MASK_RATE": "prefix",
+        "SUFFIX_MASK_PROB": "suffix",
+        "MASK_PADDING": "padding",
+    }
+    assert changed("PREFIX_MASK_RATE") == [0.0, 0.1, 0.2, 0.5] and changed("SUFFIX_MASK_PROB") == [
+        1.0,
+        0.5,
+        0.0,
+    ]
     assert changed("MASK_PADDING") == [False, True] * 2
-    assert {cell["constants"]["TOTAL_TRAIN_STEPS"] for cell in by_study["equal-compute"]} == {args.steps}
-    assert [cell["constants"]["TOTAL_TRAIN_STEPS"] for cell in by_study["equal-tokens"][1:]] == [args.steps, 133]
-    grid = {(cell["constants"].get("BLOCK_SIZE"), size) for cell in by_study["block-size"] for size in cell["blocks"]}
-    assert grid == {(train, size) for train in [*args.block_sizes, None, args.block_size] for size in args.block_sizes}
+    assert {cell["constants"]["TOTAL_TRAIN_STEPS"] for cell in by_study["equal-compute"]} == {
+        args.steps
+    }
+    assert [cell["constants"]["TOTAL_TRAIN_STEPS"] for cell in by_study["equal-tokens"][1:]] == [
+        args.steps,
+        133,
+    ]
+    grid = {
+        (cell["constants"].get("BLOCK_SIZE"), size)
+        for cell in by_study["block-size"]
+        for size in cell["blocks"]
+    }
+    assert grid == {
+        (train, size)
+        for train in [*args.block_sizes, None, args.block_size]
+        for size in args.block_sizes
+    }
 
 
 def test_shared_runs_are_trained_once():
     args, cells = cells_of("--seeds", "3")
-    runs = study.make_runs(args, cells, {"MODEL_NAME": "m", "PT_FILE": "p", **args.constants}, "identity")
+    runs = study.make_runs(
+        args, cells, {"MODEL_NAME": "m", "PT_FILE": "p", **args.constants}, "identity"
+    )
     methods = [run["method"] for run in runs.values()]
     # blockwise: default, 2 block sizes, 3 prefixes, 2 suffixes, padding; fullseq: default, equal tokens, padding
-    assert methods.count("base") == 1 and methods.count("blockwise") == 3 * 9 and methods.count("fullseq") == 3 * 3
-    again = study.make_runs(args, cells, {"MODEL_NAME": "m", "PT_FILE": "p", **args.constants}, "another base")
+    assert (
+        methods.count("base") == 1
+        and methods.count("blockwise") == 3 * 9
+        and methods.count("fullseq") == 3 * 3
+    )
+    again = study.make_runs(
+        args, cells, {"MODEL_NAME": "m", "PT_FILE": "p", **args.constants}, "another base"
+    )
     assert not again.keys() & runs.keys()
 
 
@@ -119,7 +165,9 @@ def test_equal_tokens():
 def test_equal_compute_ends_where_the_blocks_do():
     """8,000 answers of 48 tokens have 24,000 blocks of 16, 16,000 of 32: 1,500 and 1,000 steps of 16 rows."""
     _, cells = cells_of("--steps", "5000")
-    steps = {(cell["study"], cell["method"]): cell["constants"]["TOTAL_TRAIN_STEPS"] for cell in cells}
+    steps = {
+        (cell["study"], cell["method"]): cell["constants"]["TOTAL_TRAIN_STEPS"] for cell in cells
+    }
     assert steps["equal-compute", "fullseq"] == steps["equal-compute", "blockwise"] == 1500
     assert steps["block-size", "fullseq"] == steps["block-size", "blockwise"] == 1000
     assert steps["equal-tokens", "fullseq"] == 500
@@ -131,7 +179,10 @@ def test_what_decides_an_evaluation_is_in_its_name(base, tmp_path):
         study.prepare(args)
         return study.decoding_folder("run", args, 8, 4)
 
-    assert len({name(), name("--limit", "3"), name("--batch_size", "7"), name("--gen_length", "32")}) == 4
+    assert (
+        len({name(), name("--limit", "3"), name("--batch_size", "7"), name("--gen_length", "32")})
+        == 4
+    )
     assert name() == name()
 
 
@@ -158,7 +209,10 @@ def test_chains_are_worked_out_right():
     """Against a second interpreter; each step begins with the value before it."""
     rows = chains.problems(random.Random(4), 400, set())
     rules = {"max": lambda a, b: a if a > b else b, "min": lambda a, b: a if a < b else b}
-    rules |= {"plus": lambda a, b: (a + b) if a + b < 10 else 9, "minus": lambda a, b: (a - b) if a > b else 0}
+    rules |= {
+        "plus": lambda a, b: (a + b) if a + b < 10 else 9,
+        "minus": lambda a, b: (a - b) if a > b else 0,
+    }
     for row in rows:
         first, *instructions = row["query"].split(" ; ")
         *steps, last = row["response"].split(" ; ")
@@ -189,12 +243,17 @@ def test_the_base_learns(base):
     tokenizer = pt.load_tokenizer(str(base / "model"))
     ids, prompt_len = chains.encode(tokenizer, read(base / "data" / "train.jsonl"))
     model = chains.LLaDAModelLM.from_pretrained(base / "model", dtype=torch.float32)
-    loss = lambda: chains.denoising_loss(model, ids, prompt_len, torch.Generator().manual_seed(9)).item()
+    loss = lambda: chains.denoising_loss(
+        model, ids, prompt_len, torch.Generator().manual_seed(9)
+    ).item()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chains, "PRETRAIN_STEPS", 40)
         before = loss()
         chains.pretrain(model, ids, prompt_len, torch.Generator().manual_seed(0))
-    assert before == pytest.approx(torch.tensor(float(len(tokenizer))).log().item(), rel=0.05) and loss() < 0.9 * before
+    assert (
+        before == pytest.approx(torch.tensor(float(len(tokenizer))).log().item(), rel=0.05)
+        and loss() < 0.9 * before
+    )
 
 
 def test_mean_and_interval():
@@ -211,12 +270,17 @@ def test_loss_curves(tmp_path, capsys, monkeypatch):
         (tmp_path / f"{name}_logs" / "train_loss.csv").write_text("step,loss\n" + lines)
     drawn = []
     monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure) or path)
-    plot.draw_losses([str(tmp_path / f"{name}_logs" / "train_loss.csv") for name in "ab"], "out.png", 4)
+    plot.draw_losses(
+        [str(tmp_path / f"{name}_logs" / "train_loss.csv") for name in "ab"], "out.png", 4
+    )
     (axes,) = drawn[0].axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
     assert "step" in axes.get_xlabel() and "nats" in axes.get_ylabel()
     raw, smooth = axes.lines[:2]
-    assert smooth.get_ydata()[9] == pytest.approx(sum(raw.get_ydata()[6:10]) / 4) and len(axes.lines) == 4
+    assert (
+        smooth.get_ydata()[9] == pytest.approx(sum(raw.get_ydata()[6:10]) / 4)
+        and len(axes.lines) == 4
+    )
 
 
 @pytest.mark.parametrize(

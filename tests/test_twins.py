@@ -11,7 +11,11 @@ SOURCES = [(SUITE / f"train_{name}.py").read_text() for name in ("blockwise", "f
 
 
 def functions(source):
-    return {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body if hasattr(node, "args")}
+    return {
+        node.name: ast.get_source_segment(source, node)
+        for node in ast.parse(source).body
+        if hasattr(node, "args")
+    }
 
 
 def test_shared_functions_are_the_same_in_the_same_order():
@@ -41,7 +45,10 @@ def test_constants_differ_in_the_method_alone():
     import train_blockwise
     import train_fullseq
 
-    values = [{name: getattr(module, name) for name in module.CONSTANTS} for module in (train_blockwise, train_fullseq)]
+    values = [
+        {name: getattr(module, name) for name in module.CONSTANTS}
+        for module in (train_blockwise, train_fullseq)
+    ]
     assert set(values[0]) - set(values[1]) == {"BLOCK_SIZE", "PREFIX_MASK_RATE", "SUFFIX_MASK_PROB"}
     assert {n for n in values[1] if values[0][n] != values[1][n]} == {"MAX_SAMPLES", "CKPT_DIR"}
     assert all(module.MASK_ID == 126336 for module in (train_blockwise, train_fullseq))

@@ -69,7 +69,11 @@ class LLaDALlamaBlock(nn.Module):
         if self.n_kv_heads != self.n_heads:
             k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k, v))
         q, k = rotate(q, angles), rotate(k, angles)
-        return scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=False).transpose(1, 2).flatten(2)
+        return (
+            scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=False)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
     def forward(self, x, angles, bias=None):
         x = x + self.attn_out(self.attention(self.attn_norm(x), angles, bias))
@@ -99,7 +103,9 @@ class LLaDAModel(nn.Module):
         bias = None if attention_bias is None else attention_bias.to(x.dtype)
         if attention_mask is not None:
             hidden_keys = torch.zeros_like(attention_mask, dtype=x.dtype)
-            hidden_keys = hidden_keys.masked_fill(attention_mask == 0, torch.finfo(x.dtype).min)[:, None, None]
+            hidden_keys = hidden_keys.masked_fill(attention_mask == 0, torch.finfo(x.dtype).min)[
+                :, None, None
+            ]
             bias = hidden_keys if bias is None else bias + hidden_keys
         angles = rotary_angles(x.shape[1], self.config, x.device)
         x = self.transformer.emb_drop(x)
@@ -165,7 +171,9 @@ class LLaDAModelLM(PreTrainedModel):
             ValueError: for a cache, labels or attention weights, which this model does not have.
         """
         if past_key_values is not None or use_cache or labels is not None or output_attentions:
-            raise ValueError("this LLaDA has no cache, no loss of its own and returns no attention weights")
+            raise ValueError(
+                "this LLaDA has no cache, no loss of its own and returns no attention weights"
+            )
         logits, hidden = self.model(input_ids, inputs_embeds, attention_mask, attention_bias)
         hidden_states = (hidden,) if output_hidden_states else None
         output = CausalLMOutputWithPast(logits=logits, hidden_states=hidden_states)
