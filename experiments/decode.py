@@ -9,13 +9,13 @@ each in steps / blocks denoising steps. A step predicts the block's masked posit
 the most confident ones (Nie et al., arXiv:2502.09992, section 2.4, and their `generate.py`).
 This file is a command, and also the library that evaluate.py decodes with.
 
-At temperature 0 the tokens are those of LLaDA's `generate.py`. It differs in four ways:
-    It goes on decoding after the block in which an answer has ended.
+At temperature 0 the tokens are those of LLaDA's `generate.py`, which differs in four ways:
+    It also decodes the blocks after the one in which an answer has ended.
     Its confidences are probabilities, which round to 1 where the model is nearly sure. Here they
     are log odds, which keep the order.
     It leaves the order of equal confidences to `torch.topk`, which does not define it. Here they
     are committed from left to right.
-    Where [MASK] itself is predicted and committed, it tries the position again in later blocks.
+    Where [MASK] itself was predicted and committed, it tries again during later blocks.
 
 Shapes: B prompts, R of them in a forward pass, L length of the canvas, K block length,
 V vocabulary, M masked positions in the active blocks.
@@ -49,7 +49,9 @@ def parse_args(argv):
     add_model_flags(parser)
     add_decoding_flags(parser)
     parser.add_argument("--prompt", required=True, help="a question; pt.py's prompt is added")
-    parser.add_argument("--show", action="store_true", help="print every canvas, [MASK] as \u25a1")
+    parser.add_argument(
+        "--show", action="store_true", help="print every canvas, [MASK] as a square"
+    )
     args = parser.parse_args(argv)
     check_flags(parser, args)
     if not args.prompt.strip():
@@ -325,10 +327,15 @@ def set_device(args):
         sys.exit(f"--device {args.device} cannot be used ({pt.first_line(error)})")
     if args.dtype is None:
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
-    slow = args.device.startswith("cpu") and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if args.dtype == "bfloat16" and slow and os.environ.get("RANK", "0") == "0":
-        message = "warning: this CPU computes bfloat16 very slowly; --dtype float32 is faster"
+    slow = args.dtype == "bfloat16" and args.device.startswith("cpu") and not fast_bfloat16()
+    if slow and os.environ.get("RANK", "0") == "0":
+        message = "warning: this CPU computes bfloat16 slowly; --dtype float32 is faster"
         print(message, file=sys.stderr)
+
+
+def fast_bfloat16():
+    """Whether torch supports bfloat16 products on this CPU with more than emulation."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def load_model(name, revision="main", device="cpu", dtype=torch.float32):
