@@ -334,7 +334,7 @@ def set_device(args):
 
 
 def fast_bfloat16():
-    """Whether torch supports bfloat16 products on this CPU with more than emulation."""
+    """Whether torch has fast products in bfloat16 on this CPU."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
