@@ -327,6 +327,7 @@ def save_merged(model, tokenizer, folder):
 def save_checkpoint(model, tokenizer, path, state):
     """Rank 0 writes the merged model to `path`, which appears when it is complete; others wait."""
     if dist.get_rank() == 0 and not os.path.exists(path):  # it exists if a kill came just after it
+        shutil.rmtree(state / "checkpoint", ignore_errors=True)  # what a kill has left
         try:
             save_merged(model, tokenizer, state / "checkpoint")
             os.sync()
@@ -479,8 +480,7 @@ def init_distributed():
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     warnings.simplefilter("ignore", FutureWarning)  # of torch, about DeepSpeed's calls
     deepspeed.utils.logger.setLevel("ERROR")
-    # On CPUs DeepSpeed would compile its own all-reduce at the first start
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # CPU ranks use gloo instead
     deepspeed.init_distributed(timeout=12 * deepspeed.constants.default_pg_timeout)  # 2 hours
     deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if "OMP_NUM_THREADS" not in os.environ:  # the ranks of this machine share its cores

@@ -96,7 +96,7 @@ def ranks_of(run):
 
 
 def kill(run, moment, rng):
-    """SIGKILL to all processes of a run, or to one rank, after which the others end by themselves."""
+    """SIGKILL to all processes of a run, or to one rank, after which the others end too."""
     ranks = ranks_of(run) if moment == "one rank" else []
     if ranks:
         os.kill(rng.choice(sorted(ranks)), signal.SIGKILL)
@@ -161,7 +161,7 @@ def wait_for(moment, folder, run, rng):
 
 
 def contents(folder):
-    """{name: SHA-256} of all files below `folder`, without a state, or one that is being removed."""
+    """{name: SHA-256} of all files below `folder`, without those of a state."""
     digests = {}
     for path in Path(folder).rglob("*"):
         name = str(path.relative_to(folder))
@@ -175,8 +175,9 @@ def check_remains(folder, whole):
     left = contents(folder)
     steps = {name.split("/")[0] for name in left if name.startswith("run_step")}
     for step in steps:
-        of_step = {name: digest for name, digest in whole.items() if name.startswith(f"{step}/")}
-        assert {name: left[name] for name in left if name.startswith(f"{step}/")} == of_step
+        expected = {item for item in whole.items() if item[0].startswith(f"{step}/")}
+        found = {item for item in left.items() if item[0].startswith(f"{step}/")}
+        assert found == expected, found ^ expected
     has_begun = (folder / "run_logs").exists()
     assert (folder / "run_logs" / "state").exists() or LAST in steps or not has_begun
 
@@ -205,7 +206,7 @@ def survive(begin, folder, moments, rng, whole):
 
 
 def campaign(script, ranks, kills, seed, toy_folder, folder):
-    """Kill runs of `script` on `ranks` until `kills` have hit one; the Counter of the moments met."""
+    """Kill runs of `script` on `ranks` until `kills` have hit one; a Counter of the moments."""
     rng = random.Random(f"{script} {ranks} {seed}")
     moments = MOMENTS if ranks > 1 else MOMENTS[:-1]  # one rank alone has no others
 

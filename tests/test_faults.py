@@ -203,7 +203,8 @@ def test_a_damaged_state_is_refused(alone, tmp_path):
 def test_a_checkpoint_appears_when_it_is_whole(alone, tmp_path, monkeypatch):
     path = tmp_path / "run_step0003"
     state = tmp_path / "state"
-    state.mkdir()
+    (state / "checkpoint").mkdir(parents=True)
+    (state / "checkpoint" / ".tmpX").write_text("what a kill has left")
     seen = []
 
     def save_merged(model, tokenizer, folder):

@@ -1,11 +1,10 @@
-"""What the README names exists, and the other way round."""
+"""What the READMEs name exists, and the other way round."""
 
 import importlib
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -14,31 +13,29 @@ from conftest import SUITE, TRAINERS
 import pt
 
 README = (SUITE / "README.md").read_text()
-CODE = "\n".join(re.findall(r"```(?:bash|python|bibtex)?\n(.*?)```", README, re.S))
+EXPERIMENTS = (SUITE / "experiments" / "README.md").read_text()
+BOTH = README + EXPERIMENTS
+CODE = "\n".join(re.findall(r"```(?:bash|python|bibtex)?\n(.*?)```", BOTH, re.S))
 
 
 def test_files_and_commands_exist():
-    named = set(re.findall(r"[\w/.-]+\.(?:py|txt)\b", CODE)) - {"my_train.py"}
-    assert {
-        "pt.py",
-        "train_blockwise.py",
-        "train_fullseq.py",
-        "experiments/toy.py",
-        "experiments/bench.py",
-        "experiments/decode.py",
-        "experiments/evaluate.py",
-        "experiments/study.py",
-        "experiments/plot.py",
-        "requirements.txt",
-    } <= named
-    assert all((SUITE / name).exists() for name in named), [
-        name for name in named if not (SUITE / name).exists()
-    ]
+    named = set(re.findall(r"[\w/.-]+\.(?:py|txt)\b", CODE))
+    here = {name for name in named if (SUITE / name).exists()}
+    assert {"pt.py", "train_blockwise.py", "train_fullseq.py", "requirements.txt"} <= here
+    assert all((SUITE / "experiments" / name).exists() for name in named - here), named - here
+
+
+def test_every_script_of_the_experiments_is_listed():
+    listing = re.search(r"```\n(toy\.py .*?)```", EXPERIMENTS, re.S)[1]
+    listed = {line.split()[0].rstrip("/") for line in listing.splitlines()}
+    here = {path.name for path in (SUITE / "experiments").iterdir()}
+    data = {name for name in here if name.endswith((".safetensors", ".md"))}
+    assert listed == here - data - {"__pycache__", "runs"}
 
 
 def test_every_override_in_a_command_is_a_constant():
     for name, module in TRAINERS.items():
-        for line in re.findall(rf"train_{name}\.py([^`\n]*)", README):  # in running text too
+        for line in re.findall(rf"train_{name}\.py([^`\n]*)", BOTH):  # in running text too
             given = re.findall(r"--([A-Z][A-Z0-9_]*)", line)
             assert set(given) <= set(module.CONSTANTS), line
 
@@ -49,31 +46,64 @@ def test_every_constant_and_flag_is_explained():
     assert all(f"`--{flag}`" in README for flag in vars(pt.parse_args([])))
 
 
+def test_defaults_in_the_table_are_those_of_the_trainers():
+    table = dict(re.findall(r"^\| (`[A-Z_`, ]+`) \| (.*?) \|", README, re.M))
+    for names, defaults in table.items():
+        names = re.findall(r"\w+", names)
+        for name, default in zip(names, split_defaults(defaults, len(names)), strict=True):
+            values = [getattr(module, name, None) for module in TRAINERS.values()]
+            value = ",".join(values[0]) if isinstance(values[0], list) else values[0]
+            assert default.split("; ")[0] in (str(value), repr(value)), name
+    assert set(TRAINERS["blockwise"].CONSTANTS) == set(re.findall(r"\w+", " ".join(table)))
+
+
+def split_defaults(cell, count):
+    """The defaults of a row of the table that is about `count` constants."""
+    cell = cell.replace("`", "")
+    return cell.split(", ") if count > 1 else [cell.split(", ")[0]]
+
+
+def test_the_title_of_the_paper():
+    title = "Blockwise SFT for Diffusion Language Models: Reconciling Bidirectional Attention and"
+    texts = [README, *(module.__doc__ for module in TRAINERS.values())]
+    flat = [" ".join(text.split()) for text in texts]
+    assert flat[0].count(title) == 2  # in the text and in the citation
+    assert title in flat[1]
+
+
 def test_pt_flags_in_commands_exist(capsys):
     with pytest.raises(SystemExit):
         pt.parse_args(["--help"])
     known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
-    for line in re.findall(r"pt\.py(.*)", CODE):
+    for line in re.findall(r"pt\.py([^`\n]*)", BOTH):
         assert set(re.findall(r"--[a-z_]+", line)) <= known, line
 
 
 @pytest.mark.parametrize(
-    "script, least", [("bench", 6), ("decode", 1), ("evaluate", 2), ("study", 2), ("chains", 0)]
+    ("script", "least"),
+    [
+        ("bench", 1),
+        ("bench_decode", 0),
+        ("decode", 2),
+        ("evaluate", 2),
+        ("study", 2),
+        ("chains", 0),
+    ],
 )
-def test_flags_of_the_experiments_exist(script, least, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+def test_flags_of_the_experiments_exist(script, least, capsys):
     with pytest.raises(SystemExit):
-        importlib.import_module(script).main()
-    known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
-    lines = re.findall(rf"{script}\.py([^`\n]*)", README)
-    assert len(lines) >= least and all(
-        set(re.findall(r"--[a-z_]+", line)) <= known for line in lines
-    )
+        importlib.import_module(script).parse_args(["--help"])
+    known = set(re.findall(r"--[a-z0-9_]+", capsys.readouterr().out))
+    joined = BOTH.replace("\\\n", " ")
+    lines = re.findall(rf"(?<![\w]){script}\.py([^`\n]*)", joined)
+    assert len(lines) >= least
+    for line in lines:
+        assert set(re.findall(r"--[a-z0-9_]+", line)) <= known, line
 
 
 def test_the_slurm_script_starts_a_launcher_a_node_and_requeues(tmp_path):
-    """Run as it stands, with stand-ins for Slurm's own commands, which note how they are called."""
-    (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", README, re.S)
+    """Run as it stands, with stand-ins for Slurm's commands, which note how they are called."""
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", EXPERIMENTS, re.S)
     for name, body in {"srun": "sleep 15", "scontrol": "echo node1; echo node2"}.items():
         (tmp_path / name).write_text(
             f'#!/bin/bash\necho "{name} $*" >> {tmp_path}/called\n{body}\n'
@@ -85,15 +115,15 @@ def test_the_slurm_script_starts_a_launcher_a_node_and_requeues(tmp_path):
     env = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     job = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=env, start_new_session=True)
     try:
-        called = lambda: (tmp_path / "called").read_text() if (tmp_path / "called").exists() else ""
-        while "srun" not in called():
+        called = tmp_path / "called"
+        while not (called.exists() and "srun" in called.read_text()):
             assert job.poll() is None
             time.sleep(0.01)
         job.send_signal(signal.SIGUSR1)
         job.wait(timeout=30)
     finally:
         os.killpg(job.pid, signal.SIGKILL)
-    show, srun, requeue = called().splitlines()
+    show, srun, requeue = called.read_text().splitlines()
     assert (show, requeue) == ("scontrol show hostnames node[1-2]", "scontrol requeue 7")
     assert (
         "torchrun --nnodes 2 " in srun and "--rdzv_endpoint node1:29500 train_blockwise.py" in srun
