@@ -327,7 +327,7 @@ def save_merged(model, tokenizer, folder):
 def save_checkpoint(model, tokenizer, path, state):
     """Rank 0 writes the merged model to `path`, which appears when it is complete; others wait."""
     if dist.get_rank() == 0 and not os.path.exists(path):  # it exists if a kill came just after it
-        shutil.rmtree(state / "checkpoint", ignore_errors=True)  # what a kill has left
+        shutil.rmtree(state / "checkpoint", ignore_errors=True)  # of a kill
         try:
             save_merged(model, tokenizer, state / "checkpoint")
             os.sync()
@@ -480,7 +480,7 @@ def init_distributed():
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     warnings.simplefilter("ignore", FutureWarning)  # of torch, about DeepSpeed's calls
     deepspeed.utils.logger.setLevel("ERROR")
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # CPU ranks use gloo instead
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # gloo will do
     deepspeed.init_distributed(timeout=12 * deepspeed.constants.default_pg_timeout)  # 2 hours
     deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if "OMP_NUM_THREADS" not in os.environ:  # the ranks of this machine share its cores
