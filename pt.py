@@ -56,7 +56,7 @@ def parse_args(argv):
 def stop(signal_number, frame):
     """Handle Ctrl-C and `kill`: end with one message, and let `save` remove its temporary file."""
     name = signal.Signals(signal_number).name
-    sys.exit(f"stopped by {name}; no incomplete file is left")
+    sys.exit(f"\nstopped by {name}; no incomplete file is left")  # not on the bar's line
 
 
 if __name__ == "__main__":
@@ -72,9 +72,9 @@ from transformers import AutoTokenizer
 
 
 def first_line(error):
-    """An exception as one line: its type and the first line of its message."""
+    """The type of an exception and the first line of its message, at most 300 characters."""
     lines = str(error).strip().splitlines() or ["no details"]
-    return f"{type(error).__name__}: {lines[0]}"
+    return f"{type(error).__name__}: {lines[0]:.300}"
 
 
 def check_output(output, dataset, overwrite):
@@ -153,11 +153,12 @@ def load_rows(dataset, split):
 
 
 def check_lines(path):
-    """Raise SystemExit for a line `null`: pyarrow crashes where one begins a chunk of a file."""
+    """Raise SystemExit if a line of a JSON file is a bare value: pyarrow can crash on `null`."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.rstrip() == b"null":
-                sys.exit(f"--dataset {path}: line {number} is null, not a row; remove such lines")
+            if re.match(rb"null|true|false|-?\d", line):
+                value = line[:60].strip().decode(errors="replace")
+                sys.exit(f"--dataset {path}: line {number} is {value}, not a row; remove it")
 
 
 def find_trailing_header(tokenizer):
@@ -243,10 +244,10 @@ def special_token_pattern(tokenizer):
 
 
 def judge(row_type, query, response, filter_type, special):
-    """The outcome of a row as far as its text tells: "filtered by type", "malformed" or "kept".
+    """The outcome of a row before it is encoded: "filtered by type", "malformed" or "kept".
 
-    Malformed is a row without query or response, or one that spells a special token, such as
-    `<|mdm_mask|>`: it would be encoded as the token itself.
+    A row is malformed if its query or response is missing, or spells a special token, such as
+    `<|mdm_mask|>`, which would be encoded as the token itself.
     """
     if filter_type and isinstance(row_type, str) and filter_type in row_type:
         return "filtered by type"
@@ -289,9 +290,9 @@ def process_batch(batch, tokenizer, max_len, filter_type):
 
 
 def to_tensors(samples):
-    """The samples `(prompt_len, ids)` of a batch as they are saved.
+    """Turn the samples `(prompt_len, ids)` of a batch into the dicts that are saved.
 
-    The tensors share one storage: saving and loading a storage for each takes longer.
+    Their tensors share one storage, because saving and loading one storage per row is slow.
     """
     if not samples:
         return []
@@ -373,6 +374,7 @@ def report(samples, tokenizer):
 
 
 def main(args):
+    """Run all checks, then preprocess, save and report."""
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is reported once, here
     check_output(args.output, args.dataset, args.overwrite)
     tokenizer = load_tokenizer(args.model, args.model_revision)
