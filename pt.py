@@ -53,10 +53,21 @@ def parse_args(argv):
     return args
 
 
+def temporary_name(output):
+    return f"{output}.tmp-{os.getpid()}"
+
+
 def stop(signal_number, frame):
-    """Handle Ctrl-C and `kill`: end with one message, and let `save` remove its temporary file."""
+    """Handle Ctrl-C and `kill`: print one message and leave no temporary file.
+
+    The process ends here, because libraries catch some of the exceptions raised in them.
+    """
+    temporary = temporary_name(ARGS.output)
+    if os.path.exists(temporary):
+        os.remove(temporary)
     name = signal.Signals(signal_number).name
-    sys.exit(f"\nstopped by {name}; no incomplete file is left")  # not on the bar's line
+    os.write(2, f"\nstopped by {name}; no incomplete file is left\n".encode())
+    os._exit(128 + signal_number)
 
 
 if __name__ == "__main__":
@@ -345,7 +356,7 @@ def save(samples, output):
 
     Raises SystemExit if it cannot be written.
     """
-    temporary = f"{output}.tmp-{os.getpid()}"
+    temporary = temporary_name(output)
     try:
         os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
         with open(temporary, "wb") as file:

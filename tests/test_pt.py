@@ -305,32 +305,20 @@ def test_bad_input_is_one_message_and_no_output(case, toy_folder, tmp_path, capf
     assert everything_in(tmp_path) == before
 
 
-def fill_disk(samples, file):
-    file.write(b"half")
-    raise OSError(28, "No space left on device")
-
-
-def receive_sigterm(samples, file):
-    file.write(b"half")
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-@pytest.mark.parametrize(
-    "interrupted, message", [(fill_disk, "No space left"), (receive_sigterm, "SIGTERM")]
-)
-def test_interrupted_saving(interrupted, message, toy_folder, tmp_path, monkeypatch):
-    """It leaves the old file as it was, and no half one; --overwrite replaces the old one."""
+def test_overwrite_and_full_disk(toy_folder, tmp_path, monkeypatch):
+    """A disk that fills up while writing leaves the old file as it was, and no half one."""
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     (tmp_path / "out.pt").write_bytes(b"old")
     flags = ("--model", toy_folder / "model", "--dataset", "rows.jsonl", "--output", "out.pt")
     before = everything_in(tmp_path)
-    handler = signal.signal(signal.SIGTERM, pt.stop)
-    try:
-        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=message):
-            patch.setattr(torch, "save", interrupted)
-            run_pt(*flags, "--overwrite", cwd=tmp_path)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+
+    def fill_disk(samples, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="No space left"):
+        patch.setattr(torch, "save", fill_disk)
+        run_pt(*flags, "--overwrite", cwd=tmp_path)
     assert everything_in(tmp_path) == before
     run_pt(*flags, "--overwrite", cwd=tmp_path)
     assert len(torch.load(tmp_path / "out.pt", weights_only=True)) == 1
@@ -382,16 +370,14 @@ def test_text_that_is_not_utf8(toy_folder, tmp_path):
     assert os.listdir(tmp_path) == ["rows.parquet"]
 
 
-def run_script(folder, *arguments, **options):
-    """`python pt.py ARGUMENTS` as a user runs it, in a process of its own."""
-    command = [sys.executable, *options.pop("python_flags", []), pt.__file__, *arguments]
+def start(folder, *command):
+    """A Python process in `folder`, for what is seen from outside only."""
     return subprocess.Popen(
-        [str(word) for word in command],
+        [sys.executable, *[str(word) for word in command]],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
@@ -404,7 +390,7 @@ def run_script(folder, *arguments, **options):
     ],
 )
 def test_flags_are_answered_before_slow_imports(flags, status, answer, tmp_path):
-    process = run_script(tmp_path, *flags, python_flags=["-X", "importtime"])
+    process = start(tmp_path, "-X", "importtime", pt.__file__, *flags)
     output, errors = process.communicate()
     imported = re.findall(r"^import time:.*\| +(\S+)$", errors, re.MULTILINE)
     assert process.returncode == status and answer in output + errors
@@ -412,22 +398,49 @@ def test_flags_are_answered_before_slow_imports(flags, status, answer, tmp_path)
     assert not {"torch", "datasets", "transformers", "tqdm", "numpy"} & set(imported)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_stopped_run_is_one_message(name, toy_folder, tmp_path):
-    """It is stopped when the progress bar appears, with seconds of work to do."""
-    with open(tmp_path / "rows.jsonl", "w") as file:
-        file.write((json.dumps(ROWS[0]) + "\n") * 20_000)
+def test_ctrl_c_is_one_message(toy_folder, tmp_path):
+    """Given when the progress bar appears, with seconds of work left."""
+    (tmp_path / "rows.jsonl").write_text((json.dumps(ROWS[0]) + "\n") * 20_000)
     flags = ("--model", toy_folder / "model", "--dataset", "rows.jsonl", "--max_samples", "0")
-    with run_script(tmp_path, *flags) as process:
+    with start(tmp_path, pt.__file__, *flags) as process:
         shown = ""
         while "/20000" not in shown and process.poll() is None:
             shown += process.stderr.read(1)
-        process.send_signal(signal.Signals[name])
+        process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
-    assert process.returncode == 1
-    assert rest.splitlines()[-1] == f"stopped by {name}; no incomplete file is left"
+    assert process.returncode == 128 + signal.SIGINT
+    assert rest.splitlines()[-1] == "stopped by SIGINT; no incomplete file is left"
     assert "Traceback" not in shown + rest
     assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+KILLED_WHILE_SAVING = """
+import os, runpy, signal, sys
+import torch
+
+def save(samples, file):
+    file.write(b"half")
+    file.flush()
+    assert any(".tmp-" in name for name in os.listdir())
+    os.kill(os.getpid(), signal.SIGTERM)
+
+torch.save = save
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_kill_while_saving(toy_folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (tmp_path / "out.pt").write_bytes(b"old")
+    before = everything_in(tmp_path)
+    flags = ("--model", toy_folder / "model", "--dataset", "rows.jsonl", "--output", "out.pt")
+    process = start(tmp_path, "-c", KILLED_WHILE_SAVING, pt.__file__, *flags, "--overwrite")
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.splitlines()[-1] == "stopped by SIGTERM; no incomplete file is left"
+    assert "Traceback" not in errors
+    assert everything_in(tmp_path) == before
 
 
 def test_published_flags_and_defaults():
