@@ -3,438 +3,410 @@
     python pt.py                                                  # MetaMathQA -> MathQA_256.pt
     python pt.py --dataset rows.jsonl --filter_type "" --output rows.pt
 
-Every row becomes one conversation, rendered with the model's chat template: the user asks `query`
-in MetaMath's prompt, the assistant answers with `response`. The output is a list of
-`{"prompt_len": int, "full_ids": LongTensor}`; ids before `prompt_len` are the prompt, up to and
-including the assistant header, the others are the answer with its end-of-turn token.
+Each row becomes one conversation, rendered with the model's chat template: the user asks `query`
+in MetaMath's prompt, and the assistant answers with `response`. The output is a list of
+`{"prompt_len": int, "full_ids": LongTensor}`. The first `prompt_len` ids are the prompt, up to and
+including the assistant header; the others are the answer and its end-of-turn token.
+The dataset is on the hub, a folder, or a file: .json, .jsonl, .parquet or .csv.
 """
 
 import argparse
 import os
 import re
+import signal
 import sys
+import tempfile
 from bisect import bisect_left
 from collections import Counter
-from functools import partial
-from itertools import chain
-
-import numpy as np
-import torch
-from datasets import load_dataset
-from torch.utils.data import DataLoader, get_worker_info
-from tqdm import tqdm
-from transformers import AutoTokenizer
 
 PROMPT = (  # MetaMath's
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{query}\n\n### Response: Let's think step by step."
 )
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-BATCH_ROWS = 1000  # rows rendered and encoded at once
+BATCH_ROWS = 1000  # rows rendered and encoded together
 
 
 def parse_args(argv):
+    """The flags. A wrong one ends the process with status 2 and a message."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--output", default="MathQA_256.pt", help="file to write (%(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
-    parser.add_argument(
-        "--model", default="GSAI-ML/LLaDA-8B-Instruct", help="hub id or folder (%(default)s)"
-    )
-    parser.add_argument(
-        "--model_revision",
-        default="main",
-        help="of a hub model: branch, tag or commit (%(default)s)",
-    )
-    parser.add_argument(
-        "--dataset",
-        default="meta-math/MetaMathQA",
-        help="hub id, folder, or .json/.jsonl/.parquet/.csv (%(default)s)",
-    )
-    parser.add_argument("--split", default="train", help="split of the dataset (%(default)s)")
-    parser.add_argument(
-        "--max_len", type=int, default=256, help="skip longer rows, in tokens (%(default)s)"
-    )
-    parser.add_argument(
-        "--max_samples",
-        type=int,
-        default=20000,
-        help="stop after so many rows, 0 = all (%(default)s)",
-    )
-    parser.add_argument(
-        "--filter_type", default="GSM", help='skip types that contain this, "" = none (%(default)s)'
-    )
-    cores = min(16, len(os.sched_getaffinity(0)))
-    parser.add_argument(
-        "--num_workers", type=int, default=cores, help="processes, 0 = this one alone (%(default)s)"
-    )
+    add = parser.add_argument
+    add("--output", default="MathQA_256.pt", help="file to write (%(default)s)")
+    add("--overwrite", action="store_true", help="replace --output if it exists")
+    add("--model", default="GSAI-ML/LLaDA-8B-Instruct", help="hub id or folder (%(default)s)")
+    add("--model_revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
+    add("--dataset", default="meta-math/MetaMathQA", help="hub id, folder or file (%(default)s)")
+    add("--split", default="train", help="split of the dataset (%(default)s)")
+    add("--max_len", type=int, default=256, help="skip rows with more tokens (%(default)s)")
+    add("--max_samples", type=int, default=20000, help="rows to keep, 0 = all (%(default)s)")
+    add("--filter_type", default="GSM", help='skip types with this in it, "" = none (%(default)s)')
     args = parser.parse_args(argv)
-    if args.num_workers < 0:
-        parser.error(f"--num_workers {args.num_workers}: must be 0 (none but this process) or more")
     if args.max_len < 2:
-        parser.error(
-            f"--max_len {args.max_len}: needs at least 2 tokens, one of the prompt and one of the answer"
-        )
+        parser.error(f"--max_len {args.max_len}: give 2 or more, for a prompt and an answer")
     if args.max_samples < 0:
-        parser.error(f"--max_samples {args.max_samples}: must be 0 (all rows) or more")
+        parser.error(f"--max_samples {args.max_samples}: give a number of rows, or 0 for all")
     return args
 
 
-def first_line(error):
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no details'])[0]}"
+def temporary_name(output):
+    return f"{output}.tmp-{os.getpid()}"
 
 
-def claim_output(output, overwrite):
-    """Make `output`'s folder and open `output`.tmp-PID there, so that an unwritable place shows first.
+def stop(signal_number, frame):
+    """Handle Ctrl-C and `kill`: print one message and leave no temporary file.
 
-    Raises:
-        SystemExit: if `output` exists and may not be replaced, or cannot be written.
+    The process ends here, because libraries catch some of the exceptions raised in them.
     """
-    if not output or (os.path.exists(output) and not os.path.isfile(output)):
+    temporary = temporary_name(ARGS.output)
+    if os.path.exists(temporary):
+        os.remove(temporary)
+    name = signal.Signals(signal_number).name
+    os.write(2, f"\nstopped by {name}; no incomplete file is left\n".encode())
+    os._exit(128 + signal_number)
+
+
+if __name__ == "__main__":
+    # before the slow imports, so that --help, a wrong flag and Ctrl-C are answered at once
+    ARGS = parse_args(sys.argv[1:])
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+import datasets
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+
+def first_line(error):
+    """The type of an exception and the first line of its message, at most 300 characters."""
+    lines = str(error).strip().splitlines() or ["no details"]
+    return f"{type(error).__name__}: {lines[0]:.300}"
+
+
+def check_output(output, dataset, overwrite):
+    """Raise SystemExit if `output` is the dataset, may not be replaced, or cannot be written."""
+    exists = os.path.exists(output)
+    if not output or (exists and not os.path.isfile(output)):
         sys.exit(f"--output {output!r} is not a file; give the name of one")
-    if os.path.exists(output) and not overwrite:
-        sys.exit(
-            f"--output {output} exists already; give another name, or --overwrite to replace it"
-        )
+    if exists and os.path.exists(dataset) and os.path.samefile(output, dataset):
+        sys.exit(f"--output {output} is the --dataset itself; give another name")
+    if exists and not overwrite:
+        sys.exit(f"--output {output} exists; give another name, or --overwrite to replace it")
+    folder = os.path.dirname(os.path.abspath(output))
+    while not os.path.exists(folder):  # `save` creates what is missing
+        folder = os.path.dirname(folder)
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
-        return open(f"{output}.tmp-{os.getpid()}", "wb")
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=os.path.basename(output)):
+            pass
     except OSError as error:
-        sys.exit(
-            f"--output {output} cannot be written ({error.strerror}); give a path in a writable folder"
-        )
+        why = error.strerror
+        sys.exit(f"--output {output} cannot be written ({why}); give a path in a writable folder")
 
 
 def load_tokenizer(model, revision="main"):
-    """The model's fast tokenizer with its chat template.
-
-    Raises:
-        SystemExit: if it cannot be loaded, gives no offsets or has no chat template.
-    """
+    """The model's fast tokenizer with its chat template; raises SystemExit if there is none."""
     try:
-        # the flag only keeps transformers 4.57.6 from warning of a fault that Mistral's tokenizers have
-        how = {"revision": revision, "trust_remote_code": True, "fix_mistral_regex": False}
-        tokenizer = AutoTokenizer.from_pretrained(model, **how)
+        # the last argument keeps transformers 4.57.6 from a warning about Mistral's tokenizers
+        tokenizer = AutoTokenizer.from_pretrained(
+            model, revision=revision, trust_remote_code=True, fix_mistral_regex=False
+        )
     except Exception as error:  # the hub, the folder and remote code fail in many ways
         sys.exit(
-            f"--model {model}: no tokenizer there ({first_line(error)}); give a hub id or a model folder"
+            f"--model {model!r} cannot be loaded ({first_line(error)}); give a hub id or folder"
         )
     if not tokenizer.is_fast:
-        sys.exit(
-            f"--model {model}: its tokenizer is not a fast one and gives no offsets; the folder needs tokenizer.json"
-        )
+        sys.exit(f"--model {model} has no fast tokenizer; give a model with a tokenizer.json")
     if not tokenizer.chat_template:
-        sys.exit(
-            f"--model {model}: its tokenizer has no chat template; use an Instruct model or add one to its folder"
-        )
+        sys.exit(f"--model {model} has no chat template; give an Instruct model, or add a template")
     return tokenizer
 
 
 def load_rows(dataset, split):
-    """The rows of a hub dataset, a local folder or a local file.
+    """A split of a hub dataset, a folder or a file, as a `datasets.Dataset`.
 
-    Raises:
-        SystemExit: if the dataset or its split cannot be read, or lacks `query` or `response`.
+    Raises SystemExit if it cannot be read, or has no `query` or no `response`.
     """
     suffix = os.path.splitext(dataset)[1].lower()
-    if not dataset or (os.path.isfile(dataset) and os.path.getsize(dataset) == 0):
-        sys.exit(f"--dataset {dataset!r} is empty; give a hub id, a folder or a file")
+    is_file = os.path.isfile(dataset)
+    if not dataset or (is_file and os.path.getsize(dataset) == 0):
+        sys.exit(f"--dataset {dataset!r} is empty; give a hub id, a folder or a file with rows")
+    if is_file and suffix not in FILE_TYPES:
+        sys.exit(f"--dataset {dataset}: a file must be one of {', '.join(FILE_TYPES)}; convert it")
+    if suffix in FILE_TYPES and not os.path.exists(dataset):
+        sys.exit(f"--dataset {dataset}: no such file; check the path")
     try:
-        if os.path.isfile(dataset):
-            if suffix not in FILE_TYPES:
-                sys.exit(f"--dataset {dataset}: a file must be one of {', '.join(FILE_TYPES)}")
-            # a file has no splits of its own: it is the one asked for, of which `train[:100]` takes a slice
+        if is_file:
+            if FILE_TYPES[suffix] == "json":
+                check_lines(dataset)
+            # A file has no splits. It becomes the one asked for, so that `train[:100]` is a slice.
             files = {split.partition("[")[0]: dataset}
-            rows = load_dataset(FILE_TYPES[suffix], data_files=files, split=split)
-        elif suffix in FILE_TYPES:
-            sys.exit(f"--dataset {dataset}: no such file")
+            rows = datasets.load_dataset(FILE_TYPES[suffix], data_files=files, split=split)
+        elif os.path.isdir(dataset):
+            rows = datasets.load_dataset(os.path.abspath(dataset), split=split)  # "." has no name
         else:
-            rows = load_dataset(dataset, split=split)
+            rows = datasets.load_dataset(dataset, split=split)
     except Exception as error:  # the hub, pyarrow and the parsers fail in many ways
         cause = first_line(error.__cause__ or error)
         sys.exit(
-            f"--dataset {dataset} --split {split} cannot be read ({cause}); give a hub id, a folder or a file"
+            f"--dataset {dataset} --split {split!r} cannot be read ({cause}); "
+            "give a hub id, a folder or a file, and one of its splits"
         )
-    if missing := {"query", "response"} - set(rows.column_names):
+    missing = [name for name in ("query", "response") if name not in rows.column_names]
+    if missing:
         columns = ", ".join(rows.column_names)
-        sys.exit(
-            f"--dataset {dataset}: no column {' or '.join(sorted(missing))} among {columns}; rename its columns"
-        )
+        sys.exit(f"--dataset {dataset} has no {' or '.join(missing)} among its columns: {columns}")
     return rows
 
 
-def find_trailing_header(tokenizer):
-    """The assistant header that the template puts behind *every* conversation; "" if it does not.
+def check_lines(path):
+    """Raise SystemExit if a line of a JSON file is a bare value: pyarrow can crash on `null`."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if re.match(rb"null|true|false|-?\d", line):
+                value = line[:60].strip().decode(errors="replace")
+                sys.exit(f"--dataset {path}: line {number} is {value}, not a row; remove it")
 
-    LLaDA's template ignores `add_generation_prompt` and always ends with the header. What the header is
-    shows where an assistant turn stands alone; a template that refuses such a turn is an ordinary one.
+
+def find_trailing_header(tokenizer):
+    """The assistant header that the template adds after *every* conversation; "" if it does not.
+
+    LLaDA's template ignores `add_generation_prompt` and always ends with the header. An assistant
+    turn rendered alone shows what the header is. A template that refuses such a turn adds none.
     """
     probe = "assistant-turn-probe"
+    answer = [{"role": "assistant", "content": probe}]
+    question = [{"role": "user", "content": probe}]
     try:
-        alone = tokenizer.apply_chat_template(
-            [{"role": "assistant", "content": probe}], tokenize=False
-        )
-        question = tokenizer.apply_chat_template(
-            [{"role": "user", "content": probe}], tokenize=False
-        )
-    except Exception:  # a template is a program of its own
+        answer_text = tokenizer.apply_chat_template(answer, tokenize=False)
+        question_text = tokenizer.apply_chat_template(question, tokenize=False)
+    except Exception:  # a template is a program and can fail in any way
         return ""
-    header = alone.partition(probe)[0].removeprefix(tokenizer.bos_token or "")
-    return header if question.endswith(header) else ""
+    header = answer_text.partition(probe)[0].removeprefix(tokenizer.bos_token or "")
+    if question_text.endswith(header):
+        return header
+    return ""
 
 
 def render(tokenizer, header, queries, responses):
-    """Prompts (with the assistant header) and whole conversations (without a trailing one), as text.
+    """Render the queries and responses with the chat template.
+
+    Returns:
+        prompts: list of str, each up to and including the assistant header.
+        texts: list of str, the whole conversations, without the trailing `header`.
 
     Raises:
-        SystemExit: if a conversation does not begin with its prompt, so that there is no boundary.
+        SystemExit: if the template fails, or a conversation does not begin with its prompt.
     """
-    users = [[{"role": "user", "content": PROMPT.format(query=query)}] for query in queries]
-    whole = [
-        user + [{"role": "assistant", "content": response}]
-        for user, response in zip(users, responses, strict=True)
-    ]
+    questions = [[{"role": "user", "content": PROMPT.format(query=query)}] for query in queries]
+    answers = [[{"role": "assistant", "content": response}] for response in responses]
+    whole = [question + answer for question, answer in zip(questions, answers, strict=True)]
+    template = f"--model {tokenizer.name_or_path}: its chat template"
     try:
-        prompts = tokenizer.apply_chat_template(users, tokenize=False, add_generation_prompt=True)
-        texts = [
-            text.removesuffix(header)
-            for text in tokenizer.apply_chat_template(whole, tokenize=False)
-        ]
-    except Exception as error:  # a template is a program of its own
-        sys.exit(
-            f"--model {tokenizer.name_or_path}: its chat template fails ({first_line(error)}); give another model"
+        prompts = tokenizer.apply_chat_template(
+            questions, tokenize=False, add_generation_prompt=True
         )
+        texts = tokenizer.apply_chat_template(whole, tokenize=False)
+    except Exception as error:  # a template is a program and can fail in any way
+        sys.exit(f"{template} fails ({first_line(error)}); give another model or template")
+    texts = [text.removesuffix(header) for text in texts]
     for prompt, text in zip(prompts, texts, strict=True):
         if not text.startswith(prompt):
             sys.exit(
-                f"--model {tokenizer.name_or_path}: its chat template does not continue the prompt {prompt[-60:]!r} "
-                f"with the answer but renders {text[-200:]!r}; use a template whose conversations begin with the prompt"
+                f"{template} does not continue the prompt {prompt[-60:]!r} with the answer "
+                f"but renders {text[-200:]!r}; use one whose conversations begin with the prompt"
             )
     return prompts, texts
 
 
 def encode(tokenizer, prompts, texts, max_len):
-    """One sample `(prompt_len, list of ids)` per text, None for texts of more than `max_len` tokens.
+    """Encode each text, once, as a whole. Its prompt is the tokens that start before `prompt` ends.
 
-    Each conversation is encoded once, as a whole; its prompt is the tokens that start before the prompt text ends.
-    Differs from the published script (P6): there the prompt was encoded alone, which is off by one where a
-    tokenizer joins characters across the boundary, and 2 for every row on transformers 5.
+    Returns:
+        list of `(prompt_len, list of ids)`, with None for texts of more than `max_len` tokens.
     """
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
+    # Differs from the published script (P6): there the prompt was also encoded alone. That is off
+    # by one where a token spans the boundary, and gives 2 for every row on transformers 5.
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
     samples = []
     for prompt, ids, encoding in zip(prompts, encoded["input_ids"], encoded.encodings, strict=True):
-        sample = None
-        if len(ids) <= max_len:
-            start = lambda token, encoding=encoding: encoding.token_to_chars(token)[
-                0
-            ]  # its first character
-            prompt_len = bisect_left(range(len(ids)), len(prompt), key=start)
-            sample = (prompt_len, ids)
-        samples.append(sample)
+        if len(ids) > max_len:
+            samples.append(None)
+        else:
+            samples.append((count_tokens_before(encoding, len(prompt)), ids))
     return samples
 
 
-def judge(kind, query, response, filter_type, spells_special):
-    """What becomes of a row by its text alone: "filtered by type", "malformed" or "kept"."""
-    if filter_type and isinstance(kind, str) and filter_type in kind:
-        return "filtered by type"
-    texts = [
-        text
-        for text in (query, response)
-        if isinstance(text, str) and text.strip() and not spells_special(text)
-    ]
-    return "kept" if len(texts) == 2 else "malformed"
+def count_tokens_before(encoding, end):
+    """How many tokens start before character `end`, by bisection: reading all offsets is slow."""
+    tokens = range(len(encoding))
+    return bisect_left(tokens, end, key=lambda token: encoding.token_to_chars(token)[0])
 
 
-def process(batch, tokenizer, header, max_len, filter_type):
-    """What becomes of each row of a batch (dict of columns): [("kept", (prompt_len, ids)) or (why not, None)].
-
-    Malformed are rows without text, without an answer in the template's rendering, and rows whose text spells a
-    special token, such as `<|mdm_mask|>`, which would be encoded as the token itself.
-    """
+def special_token_pattern(tokenizer):
+    """A regular expression that finds the tokenizer's special tokens in a text."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    spells_special = re.compile("|".join(map(re.escape, special)) or "(?!)").search
-    queries, responses = batch["query"], batch["response"]
-    rows = zip(batch.get("type") or [None] * len(queries), queries, responses, strict=True)
-    outcomes = [(judge(*row, filter_type, spells_special), None) for row in rows]
-    chosen = [i for i, (outcome, _) in enumerate(outcomes) if outcome == "kept"]
-    if not chosen:
-        return outcomes
-    texts = render(tokenizer, header, [queries[i] for i in chosen], [responses[i] for i in chosen])
-    for i, sample in zip(chosen, encode(tokenizer, *texts, max_len), strict=True):
-        if sample is None:
-            outcomes[i] = ("too long", None)
-        else:
-            prompt_len, ids = sample
-            outcomes[i] = ("kept", sample) if prompt_len < len(ids) else ("malformed", None)
-    return outcomes
+    pattern = "|".join(re.escape(content) for content in special)
+    return re.compile(pattern or "(?!)")  # (?!) matches nothing
 
 
-def work(start, rows, **how):
-    """`process` on the rows from `start`, in a form that costs little to send from one process to another.
+def judge(row_type, query, response, filter_type, special):
+    """The outcome of a row before it is encoded: "filtered by type", "malformed" or "kept".
 
-    Returns:
-        outcomes: list of str, one a row.
-        prompt_lens, lengths: lists of int, one a kept row.
-        ids: (sum of lengths,) int64, those of the kept rows, one after the other.
-    or, instead, the SystemExit or UnicodeDecodeError with which to end: a worker's own would not reach the user.
+    A row is malformed if its query or response is missing, or spells a special token, such as
+    `<|mdm_mask|>`, which would be encoded as the token itself.
     """
-    if get_worker_info() is not None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes use all cores already
-    try:
-        outcomes = process(rows[start : start + BATCH_ROWS], **how)
-    except (SystemExit, UnicodeDecodeError) as error:
-        return error
-    kept = [sample for _, sample in outcomes if sample]
-    ids = np.fromiter(chain.from_iterable(ids for _, ids in kept), np.int64)
-    return (
-        [outcome for outcome, _ in outcomes],
-        [prompt_len for prompt_len, _ in kept],
-        [len(i) for _, i in kept],
-        ids,
-    )
+    if filter_type and isinstance(row_type, str) and filter_type in row_type:
+        return "filtered by type"
+    for text in (query, response):
+        if not isinstance(text, str) or not text.strip() or special.search(text):
+            return "malformed"
+    return "kept"
 
 
-def read_batches(rows, num_workers, how):
-    """Yields what `work` makes of each batch of rows, in order, and raises what it returns instead."""
-    starts = range(0, len(rows), BATCH_ROWS)
-    workers = min(num_workers, len(starts)) if len(starts) > 1 else 0
-    how = {
-        "collate_fn": partial(work, rows=rows, **how),
-        "multiprocessing_context": "fork" if workers else None,
-    }
-    for batch in DataLoader(starts, batch_size=None, num_workers=workers, **how):
-        if isinstance(batch, BaseException):
-            raise batch
-        yield batch
-
-
-def cut(outcomes, prompt_lens, lengths, ids, room):
-    """What `work` has made of a batch, up to and with the `room`-th kept row."""
-    if room > len(lengths):
-        return outcomes, prompt_lens, lengths, ids
-    kept = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
-    return (
-        outcomes[: kept[room - 1] + 1],
-        prompt_lens[:room],
-        lengths[:room],
-        ids[: sum(lengths[:room])],
-    )
-
-
-def preprocess(rows, tokenizer, max_len, max_samples, filter_type, num_workers=0):
-    """Render, encode and filter `rows` (a `datasets.Dataset`) in order, until `max_samples` (0 = all) are kept.
-
-    The rows are shared out to `num_workers` processes in batches; the result does not depend on their number.
+def process_batch(batch, tokenizer, max_len, filter_type):
+    """Render, encode and judge a batch of rows, a dict of columns.
 
     Returns:
-        samples: list of `{"prompt_len": int, "full_ids": LongTensor of at most max_len ids}`. The tensors of a batch
-            share their storage, which takes less time and memory to save and to load.
+        outcomes: list of str, one per row.
+        samples: list of `(prompt_len, list of ids)`, one per row; None for rows that are not kept.
+    """
+    queries = batch["query"]
+    responses = batch["response"]
+    row_types = batch.get("type", [None] * len(queries))
+    special = special_token_pattern(tokenizer)
+    outcomes = []
+    for row_type, query, response in zip(row_types, queries, responses, strict=True):
+        outcomes.append(judge(row_type, query, response, filter_type, special))
+    samples = [None] * len(outcomes)
+    chosen = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
+    if not chosen:
+        return outcomes, samples
+    header = find_trailing_header(tokenizer)
+    chosen_queries = [queries[i] for i in chosen]
+    chosen_responses = [responses[i] for i in chosen]
+    prompts, texts = render(tokenizer, header, chosen_queries, chosen_responses)
+    for i, sample in zip(chosen, encode(tokenizer, prompts, texts, max_len), strict=True):
+        if sample is None:
+            outcomes[i] = "too long"
+        elif 0 < sample[0] < len(sample[1]):
+            samples[i] = sample
+        else:  # the template drops the query or the response
+            outcomes[i] = "malformed"
+    return outcomes, samples
+
+
+def to_tensors(samples):
+    """Turn the samples `(prompt_len, ids)` of a batch into the dicts that are saved.
+
+    Their tensors share one storage, because saving and loading one storage per row is slow.
+    """
+    if not samples:
+        return []
+    joined = torch.tensor([token for _, ids in samples for token in ids])
+    pieces = joined.split([len(ids) for _, ids in samples])
+    return [
+        {"prompt_len": prompt_len, "full_ids": full_ids}
+        for (prompt_len, _), full_ids in zip(samples, pieces, strict=True)
+    ]
+
+
+def preprocess(rows, tokenizer, max_len, max_samples, filter_type):
+    """Render, encode and filter rows, in order, until `max_samples` are kept (0: all).
+
+    Args:
+        rows: `datasets.Dataset` with columns `query`, `response` and, optionally, `type`.
+
+    Returns:
+        samples: list of `{"prompt_len": int, "full_ids": LongTensor of at most max_len ids}`.
         counts: Counter of rows read, filtered by type, malformed, too long, kept.
 
     Raises:
         SystemExit: if the chat template fails.
-        RuntimeError: if a process is killed.
+        UnicodeDecodeError: if a text is not UTF-8.
     """
-    how = {"tokenizer": tokenizer, "header": find_trailing_header(tokenizer)}
-    how |= {"max_len": max_len, "filter_type": filter_type}
-    rows = rows.select_columns(
-        [name for name in ("type", "query", "response") if name in rows.column_names]
-    )
-    counts = Counter(
-        dict.fromkeys(("read", "filtered by type", "malformed", "too long", "kept"), 0)
-    )
+    columns = [name for name in ("type", "query", "response") if name in rows.column_names]
+    rows = rows.select_columns(columns)
+    limit = max_samples or len(rows)
     samples = []
+    counts = Counter({"read": 0, "filtered by type": 0, "malformed": 0, "too long": 0, "kept": 0})
     with tqdm(total=len(rows), unit=" rows", desc="preprocess") as bar:
-        for batch in read_batches(rows, num_workers, how):
-            outcomes, prompt_lens, lengths, ids = (
-                cut(*batch, max_samples - len(samples)) if max_samples else batch
-            )
-            pieces = zip(
-                prompt_lens, torch.from_numpy(ids).split(lengths) if lengths else (), strict=True
-            )
-            samples += [
-                {"prompt_len": prompt_len, "full_ids": full_ids} for prompt_len, full_ids in pieces
-            ]
+        for start in range(0, len(rows), BATCH_ROWS):
+            batch = rows[start : start + BATCH_ROWS]
+            outcomes, encoded = process_batch(batch, tokenizer, max_len, filter_type)
+            kept = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
+            kept = kept[: limit - len(samples)]
+            samples += to_tensors([encoded[i] for i in kept])
+            done = len(samples) == limit
+            if done:  # rows after the last sample count as not read
+                outcomes = outcomes[: kept[-1] + 1]
             counts.update(outcomes, read=len(outcomes))
             bar.update(len(outcomes))
-            if max_samples and len(samples) == max_samples:
+            if done:
                 break
     return samples, counts
 
 
-def save(samples, file, output):
-    """Write `samples` to the open temporary `file` and rename it to `output`, which so appears only when whole."""
+def save(samples, output):
+    """Write `samples` to a temporary file and rename it, so that `output` appears only when whole.
+
+    Raises SystemExit if it cannot be written.
+    """
+    temporary = temporary_name(output)
     try:
-        with file:
+        os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+        with open(temporary, "wb") as file:
             torch.save(samples, file)
             os.fsync(file.fileno())
-        os.replace(file.name, output)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        sys.exit(
-            f"--output {output} cannot be written ({first_line(error)}); free some space, or give another path"
-        )
+        os.replace(temporary, output)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        why = first_line(error)
+        sys.exit(f"--output {output} cannot be written ({why}); free space, or give another path")
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
-def report(samples, counts, tokenizer):
-    """Print the counts, the lengths and one sample, prompt and answer apart."""
+def report(samples, tokenizer):
+    """Print the lengths, and the first sample's prompt and answer."""
     lengths = [len(sample["full_ids"]) for sample in samples]
-    print("rows: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    prompt_len = samples[0]["prompt_len"]
+    full_ids = samples[0]["full_ids"]
     print(f"tokens: longest {max(lengths)}, mean {sum(lengths) / len(lengths):.1f}")
-    prompt_len, full_ids = samples[0]["prompt_len"], samples[0]["full_ids"]
-    print(
-        f"--- the first sample's prompt, {prompt_len} tokens:\n{tokenizer.decode(full_ids[:prompt_len])}"
-    )
-    print(
-        f"--- its answer, {len(full_ids) - prompt_len} tokens:\n{tokenizer.decode(full_ids[prompt_len:])}\n---"
-    )
+    print(f"--- the first sample's prompt, {prompt_len} tokens:")
+    print(tokenizer.decode(full_ids[:prompt_len]))
+    print(f"--- its answer, {len(full_ids) - prompt_len} tokens:")
+    print(tokenizer.decode(full_ids[prompt_len:]))
+    print("---")
 
 
-def main():
-    args = parse_args(sys.argv[1:])
-    if (
-        os.path.exists(args.output)
-        and os.path.exists(args.dataset)
-        and os.path.samefile(args.output, args.dataset)
-    ):
-        sys.exit(f"--output {args.output} is the --dataset itself; give another name")
-    file = claim_output(args.output, args.overwrite)
+def main(args):
+    """Run all checks, then preprocess, save and report."""
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is reported once, here
+    check_output(args.output, args.dataset, args.overwrite)
+    tokenizer = load_tokenizer(args.model, args.model_revision)
+    rows = load_rows(args.dataset, args.split)
     try:
-        tokenizer = load_tokenizer(args.model, args.model_revision)
-        rows = load_rows(args.dataset, args.split)
-        how = (args.max_len, args.max_samples, args.filter_type, args.num_workers)
-        samples, counts = preprocess(rows, tokenizer, *how)
-        if not samples:
-            outcome = ", ".join(f"{count} {name}" for name, count in counts.items())
-            sys.exit(
-                f"no row is left ({outcome}); look at --max_len {args.max_len}, --filter_type and --dataset"
-            )
-        save(samples, file, args.output)
+        samples, counts = preprocess(
+            rows, tokenizer, args.max_len, args.max_samples, args.filter_type
+        )
     except UnicodeDecodeError as error:
         sys.exit(f"--dataset {args.dataset} is not UTF-8 text ({first_line(error)}); convert it")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was written")
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
+    outcome = ", ".join(f"{count} {name}" for name, count in counts.items())
+    if not samples:
         sys.exit(
-            f"a process was killed, of {args.num_workers}; nothing was written: give a lower --num_workers"
+            f"no row is kept ({outcome}); check --dataset {args.dataset}, "
+            f"--max_len {args.max_len} and --filter_type {args.filter_type!r}"
         )
-    finally:
-        if os.path.exists(file.name):
-            os.remove(file.name)
-    report(samples, counts, tokenizer)
+    save(samples, args.output)
+    print(f"rows: {outcome}")
+    report(samples, tokenizer)
     print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGS)

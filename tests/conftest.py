@@ -55,8 +55,7 @@ def run_pt(*arguments, cwd):
     """`python pt.py ARGUMENTS` in the folder `cwd`, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["pt.py", *map(str, arguments)])
-        pt.main()
+        pt.main(pt.parse_args([str(argument) for argument in arguments]))
 
 
 @pytest.fixture(params=TRAINERS)

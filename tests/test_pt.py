@@ -2,23 +2,29 @@
 
 import json
 import os
-import shutil
+import re
 import signal
+import statistics
+import subprocess
+import sys
 
+import pyarrow as pa
 import pytest
 import torch
 from conftest import run_pt
 from datasets import Dataset
+from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import pt
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-BARE = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"  # no header of any kind
+BARE = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"  # no headers
 TEMPLATES = {"llada": None, "chatml": CHATML, "bare": BARE}
 ROWS = [
     {
@@ -43,7 +49,7 @@ def dataset(rows):
 
 
 def oracle(tokenizer, row):
-    """The prompt text and the answer text of one row, from the template's meaning, without looking for headers."""
+    """The prompt text and the answer text of one row, from what its template is known to do."""
     user = [{"role": "user", "content": pt.PROMPT.format(query=row["query"])}]
     prompt = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
     ends = {CHATML: row["response"] + "<|im_end|>\n", BARE: row["response"] + "\n"}
@@ -61,13 +67,15 @@ def test_boundaries_and_no_lost_text(tokenizer):
 
 
 def test_parity_with_the_published_script_row_by_row(toy_folder):
-    """What the published script computes on transformers 4.57: render, cut 47 characters, encode both."""
+    """The published script on transformers 4.57 renders, cuts 47 characters and encodes both."""
     tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
     rows = [
         json.loads(line) for line in (toy_folder / "data" / "train.jsonl").read_text().splitlines()
     ]
     rows += [row for row in ROWS if "🙂" not in row["query"]]
-    samples, _ = pt.preprocess(dataset(rows), tokenizer, 226, 0, "GSM")
+    samples, _ = pt.preprocess(dataset(rows), tokenizer, 10_000, 0, "GSM")
+    max_len = int(statistics.median(len(sample["full_ids"]) for sample in samples))
+    samples, _ = pt.preprocess(dataset(rows), tokenizer, max_len, 0, "GSM")
     expected = []
     for row in rows:
         if isinstance(row["type"], str) and "GSM" in row["type"]:
@@ -82,14 +90,14 @@ def test_parity_with_the_published_script_row_by_row(toy_folder):
                 tokenizer.apply_chat_template(user, tokenize=False), add_special_tokens=False
             )
         )
-        if len(full_ids) <= 226:
+        if len(full_ids) <= max_len:
             expected.append((prompt_len, full_ids))
     assert len(expected) > 20
     assert [(sample["prompt_len"], sample["full_ids"].tolist()) for sample in samples] == expected
 
 
 def test_the_whole_is_encoded_once(toy_folder, monkeypatch):
-    """Fails on the published behaviour (P6): on transformers 5, `tokenize=True` returns a dict of length 2."""
+    """The published script fails (P6): transformers 5 returns a dict of 2 items for the tokens."""
     tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
     render = tokenizer.apply_chat_template
 
@@ -165,18 +173,18 @@ def test_counts(toy_folder):
         {"query": None},
         {"response": ""},
         {"response": " \n"},
-        {"response": "long " * 300},
+        {"response": "long " * 3000},
         {"type": None},
         {"type": "x"},
         {"query": "What is <|mdm_mask|>?"},
         {"response": "This<|eot_id|> and that"},
     ]
     rows = [good, *({**good, **change} for change in changes)]
-    samples, counts = pt.preprocess(dataset(rows), tokenizer, 200, 0, "GSM")
+    samples, counts = pt.preprocess(dataset(rows), tokenizer, 1000, 0, "GSM")
     assert counts == {"read": 10, "filtered by type": 1, "malformed": 5, "too long": 1, "kept": 3}
     assert len(samples) == 3
-    assert len(pt.preprocess(dataset(rows), tokenizer, 200, 0, "")[0]) == 4  # "" filters nothing
-    samples, counts = pt.preprocess(dataset([good] * 9), tokenizer, 200, 5, "GSM")
+    assert len(pt.preprocess(dataset(rows), tokenizer, 1000, 0, "")[0]) == 4  # "" filters nothing
+    samples, counts = pt.preprocess(dataset([good] * 9), tokenizer, 1000, 5, "GSM")
     assert (len(samples), counts["read"]) == (5, 5)
 
 
@@ -202,23 +210,25 @@ def test_files(suffix, toy_folder, tmp_path, capsys):
     assert "What is 2 + 3?" in printed.split("its answer")[0]
 
 
-def test_folder_and_split(toy_folder, tmp_path):
-    arguments = ("--model", toy_folder / "model", "--filter_type", "", "--max_samples", "0")
-    for source, split, rows in (
-        (toy_folder / "data", "test", 10),
-        (toy_folder / "data/test.jsonl", "train[:4]", 4),
-    ):
-        run_pt(
-            *arguments,
-            "--dataset",
-            source,
-            "--split",
-            split,
-            "--output",
-            f"{rows}.pt",
-            cwd=tmp_path,
-        )
-        assert len(torch.load(tmp_path / f"{rows}.pt", weights_only=True)) == rows
+@pytest.mark.parametrize(
+    "source, split, count", [("rows", "test", 2), ("rows.jsonl", "train[:1]", 1)]
+)
+def test_folder_and_split(source, split, count, toy_folder, tmp_path):
+    (tmp_path / "rows").mkdir()
+    dataset(ROWS).to_json(tmp_path / "rows.jsonl")
+    dataset(ROWS).to_json(tmp_path / "rows" / "train.jsonl")
+    dataset(ROWS[:2]).to_json(tmp_path / "rows" / "test.jsonl")
+    flags = ("--model", toy_folder / "model", "--dataset", source, "--split", split)
+    run_pt(*flags, "--filter_type", "", "--output", "out.pt", cwd=tmp_path)
+    assert len(torch.load(tmp_path / "out.pt", weights_only=True)) == count
+
+
+def test_the_folder_one_is_in(toy_folder, tmp_path):
+    """`load_dataset` itself refuses "."; and the folder of `--output` is made."""
+    dataset(ROWS).to_json(tmp_path / "train.jsonl")
+    flags = ("--model", toy_folder / "model", "--dataset", ".", "--output", "new/folder/out.pt")
+    run_pt(*flags, cwd=tmp_path)
+    assert os.listdir(tmp_path / "new" / "folder") == ["out.pt"]
 
 
 BAD = {
@@ -227,14 +237,24 @@ BAD = {
     "no file type": (["--dataset", "notes.txt"], "notes.txt"),
     "no columns": (["--dataset", "columns.jsonl"], "query"),
     "broken json": (["--dataset", "broken.jsonl"], "broken.jsonl"),
+    "null line": (["--dataset", "null.jsonl"], "line 1 is null"),
+    "number line": (["--dataset", "number.jsonl"], "line 2 is 7"),
+    "no text in any row": (["--dataset", "numbers.jsonl"], "1 malformed"),
+    "no rows": (["--dataset", "header.csv"], "header.csv"),
+    "folder without files": (["--dataset", "nothing"], "nothing"),
+    "no name": (["--dataset", ""], "--dataset ''"),
     "empty file": (["--dataset", "empty.jsonl"], "empty.jsonl"),
     "no split": (["--dataset", "rows", "--split", "nowhere"], "nowhere"),
     "no model": (["--model", "missing/folder/model"], "missing/folder/model"),
     "max_len below every row": (["--max_len", "5"], "--max_len 5"),
-    "negative max_len": (["--max_len", "-1"], "--max_len -1"),
+    "max_len without an answer": (["--max_len", "1"], "--max_len 1"),
+    "max_len is no number": (["--max_len", "long"], "long"),
     "negative max_samples": (["--max_samples", "-1"], "--max_samples -1"),
     "output below a file": (["--output", "rows/rows.jsonl/x.pt"], "rows/rows.jsonl/x.pt"),
     "output is a folder": (["--output", "rows"], "--output 'rows'"),
+    "output cannot be written": (["--output", "/proc/new/x.pt"], "/proc/new/x.pt"),
+    "output is too long": (["--output", 300 * "x"], "name too long"),
+    "output has no name": (["--output", ""], "--output ''"),
     "output is the dataset": (["--output", "rows/rows.jsonl", "--overwrite"], "--dataset itself"),
     "not UTF-8": (["--dataset", "latin.jsonl"], "latin.jsonl"),
     "output exists": (["--output", "old.pt"], "--overwrite"),
@@ -242,136 +262,185 @@ BAD = {
 }
 
 
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+FILES = {
+    "rows/rows.jsonl": LINES,
+    "notes.txt": "x",
+    "broken.jsonl": '{"query": ',
+    "empty.jsonl": "",
+    "null.jsonl": "null\n" + LINES,
+    "number.jsonl": LINES.replace("\n", "\n7\n", 1),
+    "numbers.jsonl": '{"query": 1, "response": 2}\n',
+    "header.csv": "query,response\n",
+    "columns.jsonl": '{"question": "x", "response": "y"}\n',
+    "old.pt": "old",
+}
+
+
+def everything_in(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_message_and_no_output(case, toy_folder, tmp_path, capsys):
-    rows = "".join(json.dumps(row) + "\n" for row in ROWS)
-    files = {
-        "rows/rows.jsonl": rows,
-        "notes.txt": "x",
-        "broken.jsonl": '{"query": ',
-        "empty.jsonl": "",
-        "old.pt": "old",
-    }
-    for name, text in {**files, "columns.jsonl": '{"question": "x", "response": "y"}\n'}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+def test_bad_input_is_one_message_and_no_output(case, toy_folder, tmp_path, capfd):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "nothing").mkdir()
+    for name, text in FILES.items():
         (tmp_path / name).write_text(text)
-    (tmp_path / "latin.jsonl").write_bytes(rows.replace("Ada", "\xe9").encode("latin-1", "replace"))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    arguments, named = BAD[case]
-    default = [
-        "--model",
-        toy_folder / "model",
-        "--dataset",
-        "rows/rows.jsonl",
-        "--output",
-        "new.pt",
-    ]
+    (tmp_path / "latin.jsonl").write_bytes(
+        LINES.replace("Ada", "\xe9").encode("latin-1", "replace")
+    )
+    before = everything_in(tmp_path)
+    wrong, named = BAD[case]
+    flags = ["--model", toy_folder / "model", "--dataset", "rows/rows.jsonl", "--output", "new.pt"]
     with pytest.raises(SystemExit) as stop:
-        run_pt(*default, *arguments, cwd=tmp_path)
-    message = capsys.readouterr().err.splitlines()[-1] if stop.value.code == 2 else stop.value.code
-    assert stop.value.code not in (0, None)
+        run_pt(*flags, *wrong, cwd=tmp_path)
+    errors = capfd.readouterr().err
+    if stop.value.code == 2:  # argparse has printed it
+        message = errors.splitlines()[-1]
+    else:
+        message = stop.value.code
+        assert "Error" not in errors and "Failed" not in errors  # nobody else reports it as well
     assert named in message and "\n" not in message
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert everything_in(tmp_path) == before
 
 
 def test_overwrite_and_full_disk(toy_folder, tmp_path, monkeypatch):
     """A disk that fills up while writing leaves the old file as it was, and no half one."""
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-    arguments = (
-        "--model",
-        toy_folder / "model",
-        "--dataset",
-        "rows.jsonl",
-        "--output",
-        "out.pt",
-        "--overwrite",
-    )
-    run_pt(*arguments, cwd=tmp_path)
-    old = (tmp_path / "out.pt").read_bytes()
+    (tmp_path / "out.pt").write_bytes(b"old")
+    flags = ("--model", toy_folder / "model", "--dataset", "rows.jsonl", "--output", "out.pt")
+    before = everything_in(tmp_path)
 
-    def full(samples, file):
+    def fill_disk(samples, file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        with pytest.raises(SystemExit, match="No space left"):
-            run_pt(*arguments, cwd=tmp_path)
-    assert (tmp_path / "out.pt").read_bytes() == old and len(os.listdir(tmp_path)) == 2
-    run_pt(*arguments, cwd=tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="No space left"):
+        patch.setattr(torch, "save", fill_disk)
+        run_pt(*flags, "--overwrite", cwd=tmp_path)
+    assert everything_in(tmp_path) == before
+    run_pt(*flags, "--overwrite", cwd=tmp_path)
+    assert len(torch.load(tmp_path / "out.pt", weights_only=True)) == 1
     assert len(os.listdir(tmp_path)) == 2
 
 
-def test_processes_change_nothing(toy_folder, monkeypatch):
-    """Not even where the last row wanted lies within a batch; and a batch's storage holds its kept ids alone."""
+def test_batches_change_nothing(toy_folder, monkeypatch):
+    """The same samples for every batch size, and a row is read only while samples are missing."""
+    tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
+    text = (toy_folder / "data" / "train.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    for i in range(0, len(rows), 5):
+        rows[i]["response"] = ""
+    rows = dataset(rows)
+    whole, _ = pt.preprocess(rows, tokenizer, 256, 20, "")
+    monkeypatch.setattr(pt, "BATCH_ROWS", 7)
+    samples, counts = pt.preprocess(rows, tokenizer, 256, 20, "")
+    assert len(samples) == len(whole) == 20
+    for ours, theirs in zip(samples, whole, strict=True):
+        assert ours["prompt_len"] == theirs["prompt_len"]
+        assert torch.equal(ours["full_ids"], theirs["full_ids"])
+    assert counts["malformed"] == 5 and counts["read"] == 25  # rows 0, 5, 10, 15 and 20
+    kept = [i for i in range(len(rows)) if i % 5]
+    for wanted in range(1, 20):  # some end with a batch, some within one
+        counts = pt.preprocess(rows, tokenizer, 256, wanted, "")[1]
+        assert counts["kept"] == wanted and counts["read"] == kept[wanted - 1] + 1
+
+
+def test_storage_is_shared_and_holds_nothing_else(toy_folder, monkeypatch):
+    """One storage per batch, also where the last batch is cut: a row left out would be saved."""
     tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
     monkeypatch.setattr(pt, "BATCH_ROWS", 7)
-    rows = [
-        json.loads(line) for line in (toy_folder / "data" / "train.jsonl").read_text().splitlines()
-    ]
-    rows = dataset(
-        [row | {"response": row["response"] if i % 5 else ""} for i, row in enumerate(rows)]
+    samples, _ = pt.preprocess(dataset(ROWS * 8), tokenizer, 1000, 17, "")
+    storages = {}
+    for sample in samples:
+        storage = sample["full_ids"].untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    assert len(storages) == 3
+    assert sum(storages.values()) == 8 * sum(len(sample["full_ids"]) for sample in samples)
+
+
+def test_text_that_is_not_utf8(toy_folder, tmp_path):
+    """Parquet files are not checked when they are loaded; their texts are decoded in batches."""
+    text = pa.array([b"\xff"], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"query": text, "response": text}), tmp_path / "rows.parquet")
+    flags = ("--model", toy_folder / "model", "--dataset", "rows.parquet", "--output", "rows.pt")
+    with pytest.raises(SystemExit, match="not UTF-8"):
+        run_pt(*flags, cwd=tmp_path)
+    assert os.listdir(tmp_path) == ["rows.parquet"]
+
+
+def start(folder, *command):
+    """A Python process in `folder`, for what is seen from outside only."""
+    return subprocess.Popen(
+        [sys.executable, *[str(word) for word in command]],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    alone, *others = [pt.preprocess(rows, tokenizer, 256, 20, "", workers) for workers in (0, 1, 2)]
-    assert (
-        len(alone[0]) == 20 and alone[1]["malformed"] == 5 and alone[1]["read"] == 25
-    )  # rows 0, 5, 10, 15, 20
-    kept = [i for i in range(len(rows)) if i % 5]
-    for wanted in range(1, 20):  # a batch's last kept row among them
-        assert pt.preprocess(rows, tokenizer, 256, wanted, "")[1]["read"] == kept[wanted - 1] + 1
-    for samples, counts in others:
-        assert counts == alone[1]
-        for ours, theirs in zip(samples, alone[0], strict=True):
-            assert ours["prompt_len"] == theirs["prompt_len"] and torch.equal(
-                ours["full_ids"], theirs["full_ids"]
-            )
-        storages = {
-            s["full_ids"].untyped_storage().data_ptr(): s["full_ids"].untyped_storage()
-            for s in samples
-        }
-        assert len(storages) == 4
-        assert sum(storage.nbytes() for storage in storages.values()) == 8 * sum(
-            len(s["full_ids"]) for s in samples
-        )
 
 
-def undecodable(*_):
-    return b"\xff".decode()
+@pytest.mark.parametrize(
+    "flags, status, answer",
+    [
+        (["--help"], 0, "--max_samples"),
+        (["--no_such_flag"], 2, "unrecognized arguments: --no_such_flag"),
+        (["--max_len", "1"], 2, "--max_len 1"),
+    ],
+)
+def test_flags_are_answered_before_slow_imports(flags, status, answer, tmp_path):
+    process = start(tmp_path, "-X", "importtime", pt.__file__, *flags)
+    output, errors = process.communicate()
+    imported = re.findall(r"^import time:.*\| +(\S+)$", errors, re.MULTILINE)
+    assert process.returncode == status and answer in output + errors
+    assert "argparse" in imported
+    assert not {"torch", "datasets", "transformers", "tqdm", "numpy"} & set(imported)
 
 
-def killed(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
+def test_ctrl_c_is_one_message(toy_folder, tmp_path):
+    """Given when the progress bar appears, with seconds of work left."""
+    (tmp_path / "rows.jsonl").write_text((json.dumps(ROWS[0]) + "\n") * 20_000)
+    flags = ("--model", toy_folder / "model", "--dataset", "rows.jsonl", "--max_samples", "0")
+    with start(tmp_path, pt.__file__, *flags) as process:
+        shown = ""
+        while "/20000" not in shown and process.poll() is None:
+            shown += process.stderr.read(1)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGINT
+    assert rest.splitlines()[-1] == "stopped by SIGINT; no incomplete file is left"
+    assert "Traceback" not in shown + rest
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
 
 
-ENDS = {
-    "message": (None, "no such turn"),
-    "text": (undecodable, "not UTF-8"),
-    "kill": (killed, "lower --num_workers"),
-}
+KILLED_WHILE_SAVING = """
+import os, runpy, signal, sys
+import torch
+
+def save(samples, file):
+    file.write(b"half")
+    file.flush()
+    assert any(".tmp-" in name for name in os.listdir())
+    os.kill(os.getpid(), signal.SIGTERM)
+
+torch.save = save
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-@pytest.mark.parametrize("end", ENDS)
-def test_what_ends_a_process_is_one_message(end, toy_folder, tmp_path, monkeypatch):
-    judge, message = ENDS[end]
-    shutil.copytree(toy_folder / "model", tmp_path / "model")
-    if judge:
-        monkeypatch.setattr(pt, "judge", judge)  # in the processes, which are forked
-    else:
-        (tmp_path / "model" / "chat_template.jinja").write_text(
-            "{{ raise_exception('no such turn') }}"
-        )
-    monkeypatch.setattr(pt, "BATCH_ROWS", 7)
-    arguments = (
-        "--model",
-        "model",
-        "--dataset",
-        toy_folder / "data" / "train.jsonl",
-        "--output",
-        "out.pt",
-    )
-    with pytest.raises(SystemExit, match=message) as stopped:
-        run_pt(*arguments, "--num_workers", 2, cwd=tmp_path)
-    assert "\n" not in str(stopped.value) and os.listdir(tmp_path) == ["model"]
+def test_kill_while_saving(toy_folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (tmp_path / "out.pt").write_bytes(b"old")
+    before = everything_in(tmp_path)
+    flags = ("--model", toy_folder / "model", "--dataset", "rows.jsonl", "--output", "out.pt")
+    process = start(tmp_path, "-c", KILLED_WHILE_SAVING, pt.__file__, *flags, "--overwrite")
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.splitlines()[-1] == "stopped by SIGTERM; no incomplete file is left"
+    assert "Traceback" not in errors
+    assert everything_in(tmp_path) == before
 
 
 def test_published_flags_and_defaults():
