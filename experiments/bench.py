@@ -53,7 +53,7 @@ def parse_args(argv):
     add("--batch", type=int, default=8, help="rows per step (%(default)s)")
     add("--length", type=int, default=256, help="tokens per row (%(default)s)")
     add("--lora_rank", type=int, default=256, help="(%(default)s)")
-    add("--repeats", type=int, default=5, help="turns of each form, or saves (%(default)s)")
+    add("--repeats", type=int, default=5, help="turns (of 2 timed steps), or saves (%(default)s)")
     add("--forms", default=",".join(FORMS), help="some of %(default)s")
     add("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
     add("--output", metavar="FILE", help="also write the figures to this new file, as JSON")
