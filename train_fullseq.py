@@ -84,7 +84,7 @@ def read_overrides(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the launcher
     for name in CONSTANTS:
-        parser.add_argument(f"--{name}", metavar="VALUE", help=f"default: {globals()[name]}")
+        parser.add_argument(f"--{name}", nargs="?", const="", help=f"now {globals()[name]}")
     given, unknown = parser.parse_known_args(argv)
     for name in CONSTANTS:
         value = getattr(given, name)
@@ -383,7 +383,7 @@ def claim_run(run):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        sys.exit(f"{logs} is in use by another process; wait for its end, or set another CKPT_DIR")
+        sys.exit(f"{logs} is in use by another process; wait, or set another CKPT_DIR")
     record = logs / "run_config.json"
     if not record.exists():
         if ABLATION:
@@ -468,7 +468,7 @@ def init_distributed():
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     warnings.simplefilter("ignore", FutureWarning)  # of torch, about DeepSpeed's calls
     deepspeed.utils.logger.setLevel("ERROR")
-    # On CPUs DeepSpeed would compile its own all-reduce at the first start; gloo works without
+    # On CPUs DeepSpeed would compile its own all-reduce at the first start
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     deepspeed.init_distributed(timeout=12 * deepspeed.constants.default_pg_timeout)  # 2 hours
     deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
@@ -584,6 +584,6 @@ if __name__ == "__main__":
     try:
         main()
     except torch.OutOfMemoryError:
-        sys.exit("out of memory; set ACTIVATION_CHECKPOINTING, or halve MICRO_BSIZE, in a new run")
+        sys.exit(f"out of memory; set ACTIVATION_CHECKPOINTING, or halve {MICRO_BSIZE = }")
     except (KeyboardInterrupt, OSError, SafetensorError) as error:
         sys.exit(f"stopped: {type(error).__name__} {error}; repeat the command to resume")

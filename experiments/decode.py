@@ -1,13 +1,24 @@
-"""Semi-autoregressive block decoding of a masked diffusion LM: LLaDA's reference decoder, for batches.
+"""Block decoding of a masked diffusion LM: LLaDA's reference decoder, for batches.
 
     python experiments/decode.py --model ckpts_stagewise_sft_32_step0200 --prompt "What is 2 + 3?"
-    python experiments/decode.py --model M --prompt "..." --show               # every canvas, as it fills
-    python experiments/decode.py --model M --prompt "..." --threshold 0.9      # fewer forwards
+    python experiments/decode.py --model M --prompt "..." --show             # print every canvas
+    python experiments/decode.py --model M --prompt "..." --threshold 0.9    # fewer forward passes
 
-The canvas is the prompt and `gen_length` times [MASK]. Its blocks are filled from left to right, each in `steps` /
-blocks denoising steps: a step predicts the block's masked positions and commits the most confident ones (Nie et al.,
-arXiv 2502.09992, section 2.4 and `generate.py` of their repository).
-B prompts, R of them in a forward, L length of the canvas, K block length, V vocabulary, M masked positions.
+The canvas is the prompt and `gen_length` times [MASK]. Its blocks are filled from left to right,
+each in steps / blocks denoising steps. A step predicts the block's masked positions and commits
+the most confident ones (Nie et al., arXiv:2502.09992, section 2.4, and their `generate.py`).
+This file is a command, and also the library that evaluate.py decodes with.
+
+At temperature 0 the tokens are those of LLaDA's `generate.py`, which differs in four ways:
+    It also decodes the blocks after the one in which an answer has ended.
+    Its confidences are probabilities, which round to 1 where the model is nearly sure. Here they
+    are log odds, which keep the order.
+    It leaves the order of equal confidences to `torch.topk`, which does not define it. Here they
+    are committed from left to right.
+    Where [MASK] itself was predicted and committed, it tries again during later blocks.
+
+Shapes: B prompts, R of them in a forward pass, L length of the canvas, K block length,
+V vocabulary, M masked positions in the active blocks.
 """
 
 import argparse
@@ -15,16 +26,50 @@ import math
 import os
 import sys
 
+from decode_flags import (
+    add_decoding_flags,
+    add_model_flags,
+    check_flags,
+    check_options,
+    decode_options,
+)
+
+MASK_ID = 126336  # LLaDA's <|mdm_mask|>
+EOS_ID = 126081  # LLaDA's <|endoftext|>
+EOT_ID = 126348  # LLaDA's <|eot_id|>
+LOGSUMEXP_ROWS = 32  # rows of logits reduced at once: they fit in a CPU's caches
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_model_flags(parser)
+    add_decoding_flags(parser)
+    parser.add_argument("--prompt", required=True, help="a question; pt.py's prompt is added")
+    parser.add_argument(
+        "--show", action="store_true", help="print every canvas, [MASK] as a square"
+    )
+    args = parser.parse_args(argv)
+    check_flags(parser, args)
+    if not args.prompt.strip():
+        parser.error("--prompt is empty; give a question")
+    return args
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a wrong flag answer at once
+    ARGS = parse_args(sys.argv[1:])
+
+import suite  # noqa: F401 (pt.py is one folder up)
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, logging
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 import pt
 
-REMASKING = ("low_confidence", "random")
-PIECE = 32  # rows of logits that are scored at once: they stay in a CPU's caches
+# -------------------------------------------------------------------------------------- decoding
 
 
 @torch.no_grad()
@@ -40,187 +85,257 @@ def decode(
     threshold=None,
     logits_eos_inf=False,
     confidence_eos_eot_inf=False,
-    mask_id=126336,
-    eos_id=126081,
-    eot_id=126348,
+    mask_id=MASK_ID,
+    eos_id=EOS_ID,
+    eot_id=EOT_ID,
     seeds=None,
-    watch=None,
+    callback=None,
 ):
-    """Answer `prompts`. What a prompt gets does not depend on the others, up to the rounding of the model's dtype.
+    """Answer `prompts`. An answer does not depend on the other prompts, up to rounding.
 
-    At temperature 0 these are the tokens that LLaDA's reference decoder commits for each prompt alone. A prompt whose
-    answer has ended in an earlier block is not decoded further: its blocks from there on stay `mask_id`.
+    After the block in which an answer has ended, its blocks stay `mask_id`.
 
     Args:
-        model: gives `.logits` (R, L, V) for `input_ids` and `attention_mask` (R, L), and has `get_output_embeddings`.
+        model: gives `.logits` (R, L, V) for `input_ids` and `attention_mask` (R, L), and has
+            `get_input_embeddings` and `get_output_embeddings`.
         prompts: B sequences of ids, of any lengths.
-        gen_length, block_length: tokens; `block_length` None is one block, which is decoding without blocks.
-        steps: denoising steps for the whole answer, a forward each; not used with a threshold.
-        temperature: of Gumbel noise on the logits, in float64; 0 takes the most probable token.
+        gen_length: tokens per answer.
+        block_length: tokens per block; None: the whole answer is one block.
+        steps: denoising steps for the whole answer, one forward pass each; unused with a threshold.
+        temperature: of Gumbel noise on the logits; 0 takes the most probable token.
         remasking: "low_confidence" commits the most confident positions first, "random" any.
-        threshold: commit all positions whose token has a higher probability than this, and at least one a forward.
+        threshold: each step commits every token with a higher probability, and at least one.
         logits_eos_inf: never predict `eos_id`.
-        confidence_eos_eot_inf: commit `eos_id` and `eot_id` only where nothing else is left in the block.
-        seeds: B ints for noise and random remasking; None: 0, 1, 2, ...
-        watch: called before each forward with the numbers of its prompts, a list of R, and their canvases, (R, L).
+        confidence_eos_eot_inf: with "low_confidence", the logits of `eos_id` and `eot_id` are -inf
+            in the softmax of the confidences. End tokens then have probability 0 and are committed
+            last in their block; other tokens have their probability among the other tokens.
+        seeds: B ints, for the noise and random remasking; None: 0, 1, 2, ...
+        callback: called before each forward pass with the numbers of its prompts, a list of R
+            ints, and their canvases, (R, L) ids.
 
     Returns:
-        (B, gen_length) ids on the host.
+        (B, gen_length) ids on the CPU.
 
     Raises:
-        ValueError: if the lengths and steps do not divide, a setting is out of range, or a prompt is empty or masked.
+        ValueError: if the lengths and steps do not divide, an option is out of range, or a prompt
+            is empty or contains `mask_id`.
     """
-    block_length = block_length or gen_length
-    check_settings(gen_length, block_length, steps, temperature, remasking, threshold)
-    prompts = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
-    if wrong := [i for i, prompt in enumerate(prompts) if len(prompt) == 0 or mask_id in prompt]:
-        raise ValueError(f"prompt {wrong[0]} is empty or contains mask_id {mask_id}")
-    if not prompts:
-        return torch.empty(0, gen_length, dtype=torch.long)
+    if block_length is None:
+        block_length = gen_length
+    check_options(gen_length, block_length, steps, temperature, remasking, threshold)
     device = model.get_input_embeddings().weight.device
-    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
-    canvas = make_canvas(prompts, gen_length, mask_id, eos_id).to(device)  # (B, L)
-    generators = [
-        torch.Generator(device).manual_seed(seed) for seed in seeds or range(len(prompts))
-    ]
-    ends = torch.tensor([eos_id, eot_id], device=device)
-    ended = torch.zeros(len(prompts), 1, dtype=torch.bool, device=device)
-    blocks = gen_length // block_length
-    schedule = spread(block_length, steps // blocks) if threshold is None else [None] * block_length
-    for block in range(blocks):
-        active = (
-            starts[:, None] + torch.arange(block_length, device=device) + block * block_length
-        )  # (B, K)
-        for count in schedule:
+    canvas, prompt_lens = make_canvas(prompts, gen_length, mask_id, eos_id, device)
+    lengths = prompt_lens + gen_length  # (B, 1)
+    generators = make_generators(range(len(prompts)) if seeds is None else seeds, device)
+    end_ids = torch.tensor([eos_id, eot_id], device=device)
+    ended = torch.zeros_like(prompt_lens, dtype=torch.bool)  # (B, 1) True = in an earlier block
+    block_steps = steps // (gen_length // block_length)
+    num_transfer_tokens = get_num_transfer_tokens(block_length, block_steps, threshold)
+
+    for start in range(0, gen_length, block_length):
+        block = torch.arange(start, start + block_length, device=device)  # (K,)
+        active = prompt_lens + block  # (B, K) positions in the canvas
+        for num in num_transfer_tokens:
             masked = (canvas.gather(1, active) == mask_id) & ~ended  # (B, K)
             if not masked.any():
                 break
-            rows = masked.any(1).nonzero()[:, 0]  # (R,)
-            view = canvas[rows, : starts[rows].max() + gen_length]
-            if watch:
-                watch(rows.tolist(), view)
-            logits = masked_logits(
-                model, view, starts[rows] + gen_length, active[rows], masked[rows]
-            )  # (M, V)
+            logits = masked_logits(model, canvas, lengths, active, masked, callback)  # (M, V)
             if logits_eos_inf:
                 logits[:, eos_id] = -math.inf
-            counts = masked.sum(1).tolist()  # of B, sum M
-            tokens, confidence = choose(
-                logits, counts, generators, temperature, remasking
-            )  # (M,) each
-            del logits  # before the next forward needs the memory
+            counts = masked.sum(1).tolist()  # rows of logits per prompt
+            x0 = sample_tokens(logits, counts, generators, temperature)  # (M,)
             if confidence_eos_eot_inf:
-                confidence -= 1e6 * torch.isin(
-                    tokens, ends
-                )  # behind all others, in their own order
-            commit(
-                canvas, active, masked, tokens, most_confident(masked, confidence, count, threshold)
-            )
-        ended |= torch.isin(canvas.gather(1, active), ends).any(1, keepdim=True)
-    return canvas.gather(1, starts[:, None] + torch.arange(gen_length, device=device)).cpu()
+                logits[:, end_ids] = -math.inf
+            if remasking == "low_confidence":
+                confidence = log_odds(logits, x0)  # (M,)
+            else:
+                confidence = random_confidence(counts, generators)  # (M,)
+            del logits  # the next forward pass needs the memory
+            transfer_index = most_confident(masked, confidence, num, threshold)  # (B, K)
+            commit(canvas, active, masked, x0, transfer_index)
+        ended |= torch.isin(canvas.gather(1, active), end_ids).any(1, keepdim=True)
+    return canvas.gather(1, prompt_lens + torch.arange(gen_length, device=device)).cpu()
 
 
-def check_settings(gen_length, block_length, steps, temperature, remasking, threshold):
-    """Raises ValueError with the first setting that cannot be."""
-    if gen_length < 1 or block_length < 1 or gen_length % block_length:
-        raise ValueError(f"gen_length {gen_length} is not divisible by block_length {block_length}")
-    if threshold is None and (steps < 1 or steps % (gen_length // block_length)):
-        blocks = gen_length // block_length
-        raise ValueError(
-            f"steps {steps} is not divisible by the {blocks} blocks of {block_length} in {gen_length}"
-        )
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature {temperature} must be 0 or more")
-    if remasking not in REMASKING:
-        raise ValueError(f"remasking {remasking!r} must be one of {', '.join(REMASKING)}")
-    if threshold is not None and not 0 < threshold < 1:
-        raise ValueError(f"threshold {threshold} must be between 0 and 1")
-    if threshold is not None and remasking != "low_confidence":
-        raise ValueError(f"threshold {threshold} needs remasking low_confidence, not {remasking}")
+def make_canvas(prompts, gen_length, mask_id, pad_id, device):
+    """Each prompt, `gen_length` masks after it, and padding where other prompts are longer.
 
+    Returns:
+        canvas: (B, L) ids on `device`.
+        prompt_lens: (B, 1), on `device` as well.
 
-def spread(tokens, steps):
-    """How many of `tokens` each of `steps` commits, the remainder spread over the first; without those of none."""
-    counts = [tokens // steps + (step < tokens % steps) for step in range(steps)]
-    return [count for count in counts if count]
-
-
-def make_canvas(prompts, gen_length, mask_id, pad_id):
-    """(B, L) ids: each prompt, `gen_length` masks behind it, and `pad_id` behind these where others are longer."""
-    canvas = torch.full((len(prompts), max(map(len, prompts)) + gen_length), pad_id)
-    for row, prompt in zip(canvas, prompts, strict=True):
-        row[: len(prompt)] = prompt
-        row[len(prompt) : len(prompt) + gen_length] = mask_id
-    return canvas
-
-
-def masked_logits(model, canvas, lengths, active, masked):
-    """Logits (M, V) in float32 of the masked positions of the active block, the only ones that go through the head.
-
-    `canvas` (R, L) has `lengths` (R,) tokens and padding behind them; `active` (R, K) are positions, `masked` (R, K).
+    Raises:
+        ValueError: if a prompt is empty or contains `mask_id`.
     """
-    row, pos = masked.nonzero()[:, 0], active[masked]  # (M,) each
-    real = torch.arange(canvas.shape[1], device=canvas.device) < lengths[:, None]  # (R, L)
+    prompt_lens = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long)[:, None]
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    canvas = torch.full((len(prompts), longest + gen_length), pad_id)
+    for number, prompt in enumerate(prompts):
+        if len(prompt) == 0 or mask_id in prompt:
+            raise ValueError(f"prompts[{number}] is empty or contains mask_id {mask_id}")
+        canvas[number, : len(prompt)] = torch.as_tensor(prompt)
+        canvas[number, len(prompt) : len(prompt) + gen_length] = mask_id
+    return canvas.to(device), prompt_lens.to(device)
+
+
+def make_generators(seeds, device):
+    """A generator of random numbers per prompt, so that its answer depends on its seed alone."""
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def get_num_transfer_tokens(block_length, steps, threshold):
+    """How many tokens each step of a block commits; with a threshold, at least.
+
+    The remainder goes to the first steps. Steps that would commit nothing are left out.
+    """
+    if threshold is not None:
+        return [1] * block_length
+    base, remainder = divmod(block_length, steps)
+    if base == 0:
+        return [1] * remainder
+    return [base + 1] * remainder + [base] * (steps - remainder)
+
+
+def masked_logits(model, canvas, lengths, active, masked, callback):
+    """The logits of the masked positions, (M, V) in float32, from one forward pass.
+
+    Only prompts with a masked position are in the pass, and only these positions go through the
+    LM head.
+
+    Args:
+        canvas: (B, L) ids, of which each row has `lengths` (B, 1) tokens, then padding.
+        active: (B, K) positions of the active blocks.
+        masked: (B, K) True = masked.
+        callback: see `decode`.
+    """
+    rows = masked.any(1).nonzero()[:, 0]  # (R,) prompts
+    input_ids = canvas[rows, : lengths[rows].max()]  # (R, L)
+    if callback is not None:
+        callback(rows.tolist(), input_ids)
+    attended = torch.arange(input_ids.shape[1], device=canvas.device) < lengths[rows]  # (R, L)
+    attention_mask = None if attended.all() else attended.long()
+    row = masked[rows].nonzero()[:, 0]  # (M,) of input_ids
+    pos = active[masked]  # (M,)
+
+    def select(_, inputs):
+        return inputs[0][row, pos]  # (R, L, D) -> (M, D)
+
     head = model.get_output_embeddings()
-    with head.register_forward_pre_hook(
-        lambda _, x: (x[0][row, pos],) if x[0].is_floating_point() else None
-    ):
-        logits = model(input_ids=canvas, attention_mask=None if real.all() else real.long()).logits
-    return (
-        logits[row, pos] if logits.dim() == 3 else logits
-    ).float()  # a head tied to the embedding bypasses the hook
+    if head is model.get_input_embeddings():  # tied: the model applies it without calling it
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[row, pos]
+    else:
+        with head.register_forward_pre_hook(select):
+            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    return logits.float()
 
 
-def choose(logits, counts, generators, temperature, remasking):
-    """The token of each position and the confidence in it, (M,) each, from logits (M, V), which are used up.
+def sample_tokens(logits, counts, generators, temperature):
+    """A token per row of `logits` (M, V): (M,) ids.
 
-    The first counts[0] rows are of the first prompt, and so on; each has its own generator of random numbers.
-    Confidence is the log odds log(p / (1 - p)) of the token's probability p, which orders as p does and does not
-    round to the same number wherever the model is nearly sure. Random remasking gives random confidences.
+    The first counts[0] rows are the first prompt's, and so on.
     """
-    own = list(zip(logits.split(counts), generators, strict=True))
-    tokens = torch.cat([sample(part, temperature, generator) for part, generator in own])[:, None]
-    if remasking == "random":
-        return tokens[:, 0], torch.cat(
-            [uniform((len(part),), generator) for part, generator in own]
-        )
-    chosen = logits.gather(1, tokens)
-    others = torch.cat(
-        [piece.logsumexp(1) for piece in logits.scatter_(1, tokens, -math.inf).split(PIECE)]
-    )
-    return tokens[:, 0], (chosen[:, 0] - others).double()
+    if temperature == 0:
+        return logits.argmax(-1)
+    tokens = []
+    for part, generator in zip(logits.split(counts), generators, strict=True):
+        noisy = add_gumbel_noise(part, temperature, generator)
+        tokens.append(noisy.argmax(-1))
+    return torch.cat(tokens)
 
 
-def sample(logits, temperature, generator):
-    """Tokens (N,) from logits (N, V): with Gumbel noise, the argmax of exp(logits) / (-log u)^temperature."""
-    if temperature > 0:
-        logits = logits.double() - temperature * torch.log(
-            -torch.log(uniform(logits.shape, generator))
-        )
-    return logits.argmax(-1)
+def add_gumbel_noise(logits, temperature, generator):
+    """The logarithm of LLaDA's exp(logits) / (-log u) ** temperature, in float64."""
+    gumbel = -torch.log(-torch.log(uniform(logits.shape, generator)))
+    return logits.double() + temperature * gumbel
 
 
 def uniform(shape, generator):
     return torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
 
 
-def most_confident(masked, confidence, count, threshold):
-    """Which of the `masked` (B, K) positions to commit, given the confidence (M,) of each: the `count` surest a row,
-    or those surer than the probability `threshold`, at least one a row."""
-    ranked = confidence.new_full(masked.shape, -math.inf).masked_scatter(masked, confidence)
-    surest = torch.zeros_like(masked).scatter(1, ranked.topk(count or 1).indices, True)
+def random_confidence(counts, generators):
+    """A random number per masked position: (M,)."""
+    parts = []
+    for count, generator in zip(counts, generators, strict=True):
+        parts.append(uniform((count,), generator))
+    return torch.cat(parts)
+
+
+def log_odds(logits, tokens):
+    """log(p / (1 - p)) for the softmax probability p of each token: (M,) in float64.
+
+    It orders tokens as p does, and still tells those apart whose p rounds to 1 in float32. It is
+    -inf where the token's logit is.
+
+    Args:
+        logits: (M, V), overwritten.
+        tokens: (M,) ids.
+    """
+    tokens = tokens[:, None]  # (M, 1)
+    chosen = logits.gather(1, tokens)[:, 0]  # (M,)
+    logits.scatter_(1, tokens, -math.inf)
+    others = [piece.logsumexp(1) for piece in logits.split(LOGSUMEXP_ROWS)]
+    return (chosen - torch.cat(others)).double()
+
+
+def most_confident(masked, confidence, num, threshold):
+    """The positions to commit: transfer_index (B, K).
+
+    Args:
+        masked: (B, K) True = masked.
+        confidence: (M,) of each masked position; with a threshold, log odds.
+        num: commit the `num` most confident positions per row, the first ones of equals.
+        threshold: commit also all positions with a higher probability; None: no others.
+    """
+    lowest = torch.finfo(confidence.dtype).min
+    confidence = confidence.clamp(min=lowest)  # probability 0 still ranks before "not masked"
+    ranked = torch.full_like(masked, -math.inf, dtype=confidence.dtype)
+    ranked = ranked.masked_scatter(masked, confidence)  # (B, K)
+    order = ranked.argsort(dim=1, descending=True, stable=True)  # (B, K)
+    transfer_index = torch.zeros_like(masked).scatter(1, order[:, :num], True)
     if threshold is not None:
-        surest |= ranked > math.log(threshold / (1 - threshold))
-    return surest & masked
+        transfer_index |= ranked > math.log(threshold / (1 - threshold))
+    return transfer_index & masked
 
 
-def commit(canvas, active, masked, tokens, picked):
-    """Write the `picked` (B, K) of the `tokens` (M,) for the `masked` (B, K) positions `active` to `canvas` (B, L)."""
-    before = canvas.gather(1, active)
-    canvas.scatter_(1, active, torch.where(picked, before.masked_scatter(masked, tokens), before))
+def commit(canvas, active, masked, x0, transfer_index):
+    """Write the tokens that `transfer_index` (B, K) picks to `canvas` (B, L).
+
+    `x0` (M,) are the tokens of the `masked` (B, K) ones among the positions `active` (B, K).
+    """
+    before = canvas.gather(1, active)  # (B, K)
+    predicted = before.masked_scatter(masked, x0)  # (B, K)
+    canvas.scatter_(1, active, torch.where(transfer_index, predicted, before))
 
 
-# ---------------------------------------------------------------------------- models, prompts and flags
+# ---------------------------------------------------------------------------- models and prompts
+
+
+def set_device(args):
+    """Fill in `args.device` and `args.dtype` where they were not given.
+
+    Raises:
+        SystemExit: if the device cannot be used.
+    """
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda":  # the launcher gives each process its own
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"--device {args.device} cannot be used ({pt.first_line(error)})")
+    if args.dtype is None:
+        args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+    slow = args.dtype == "bfloat16" and args.device.startswith("cpu") and not fast_bfloat16()
+    if slow and os.environ.get("RANK", "0") == "0":
+        message = "warning: this CPU computes bfloat16 slowly; --dtype float32 is faster"
+        print(message, file=sys.stderr)
+
+
+def fast_bfloat16():
+    """Whether torch has fast products in bfloat16 on this CPU."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def load_model(name, revision="main", device="cpu", dtype=torch.float32):
@@ -229,21 +344,22 @@ def load_model(name, revision="main", device="cpu", dtype=torch.float32):
     Raises:
         SystemExit: if it cannot be loaded, or lacks weights.
     """
-    how = {
-        "revision": revision,
-        "trust_remote_code": True,
-        "dtype": dtype,
-        "device_map": {"": device},
-    }
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)
-    except torch.OutOfMemoryError:
-        sys.exit(f"--model {name}: {device} has too little memory for it; give another --device")
-    except Exception as error:  # the hub, the folder and remote code fail in many ways
-        sys.exit(
-            f"--model {name} cannot be loaded ({pt.first_line(error)}); give a hub id or a model folder"
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            trust_remote_code=True,
+            dtype=dtype,
+            device_map={"": device},
+            output_loading_info=True,
         )
-    if missing := sorted(loaded["missing_keys"]):
+    except torch.OutOfMemoryError:
+        sys.exit(f"--model {name}: not enough memory on {device}; give another --device")
+    except Exception as error:  # the hub, the folder and remote code fail in many ways
+        why = pt.first_line(error)
+        sys.exit(f"--model {name} cannot be loaded ({why}); give a hub id or a model folder")
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would leave them random
         sys.exit(
             f"--model {name}: {len(missing)} weights are missing, such as {missing[0]}; complete it"
         )
@@ -251,159 +367,101 @@ def load_model(name, revision="main", device="cpu", dtype=torch.float32):
 
 
 def special_ids(name, config, tokenizer, vocabulary):
-    """`mask_id`, `eos_id` and `eot_id` of a model: of its configuration, its tokenizer, and LLaDA's `<|eot_id|>`.
+    """The `mask_id`, `eos_id` and `eot_id` of a model with `vocabulary` ids, as a dict.
+
+    They come from its configuration, its tokenizer, and `<|eot_id|>` if it has this token.
 
     Raises:
-        SystemExit: if they are unknown or beyond the `vocabulary`.
+        SystemExit: if they are unknown, or beyond the vocabulary.
     """
-    eos_id, mask_id = tokenizer.eos_token_id, getattr(config, "mask_token_id", None)
-    ids = {"mask_id": 126336 if mask_id is None else mask_id, "eos_id": eos_id}
-    ids["eot_id"] = tokenizer.get_vocab().get("<|eot_id|>", eos_id)
+    mask_id = getattr(config, "mask_token_id", None)
+    eos_id = tokenizer.eos_token_id
+    ids = {
+        "mask_id": MASK_ID if mask_id is None else mask_id,
+        "eos_id": eos_id,
+        "eot_id": tokenizer.get_vocab().get("<|eot_id|>", eos_id),
+    }
     if eos_id is None or max(ids.values()) >= vocabulary:
         sys.exit(
-            f"--model {name}: its {vocabulary} ids do not have {ids}; give a masked diffusion model"
+            f"--model {name}: {ids} are not among its {vocabulary} ids; "
+            "give a masked diffusion model"
         )
     return ids
 
 
-def check_prompts(model, prompts, gen_length, mask_id, config):
-    """Ends with a message if a prompt spells the mask token or leaves too little room for `gen_length` tokens."""
-    if spelled := [number for number, prompt in enumerate(prompts, start=1) if mask_id in prompt]:
-        sys.exit(f"prompt {spelled[0]} spells the mask token of --model {model}; leave it out")
-    room = getattr(config, "max_sequence_length", None) or math.inf
-    if (longest := max(map(len, prompts))) + gen_length > room:
-        sys.exit(
-            f"--gen_length {gen_length}: with a prompt of {longest} tokens it exceeds the {room} of --model {model}"
-        )
-
-
 def encode_prompts(tokenizer, queries):
-    """The ids of `queries` in MetaMath's prompt and the chat template, as pt.py makes them for training."""
-    prompts, _ = pt.render(
-        tokenizer, pt.find_trailing_header(tokenizer), queries, ["answer"] * len(queries)
-    )
+    """The ids of `queries` in MetaMath's prompt and the chat template, as pt.py renders them."""
+    header = pt.find_trailing_header(tokenizer)
+    prompts, _ = pt.render(tokenizer, header, queries, ["answer"] * len(queries))
     return tokenizer(prompts, add_special_tokens=False)["input_ids"]
 
 
+def check_prompts(name, prompts, gen_length, mask_id, config):
+    """Check the ids of `prompts` against the model `name` and its configuration.
+
+    Raises:
+        SystemExit: if one contains the mask token, or leaves too little room for `gen_length`.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        if mask_id in prompt:
+            sys.exit(f"prompt {number} contains the mask token of --model {name}; remove it")
+    room = getattr(config, "max_sequence_length", None)
+    longest = max(len(prompt) for prompt in prompts)
+    if room is not None and longest + gen_length > room:
+        sys.exit(
+            f"--gen_length {gen_length}: with a prompt of {longest} tokens it exceeds "
+            f"the {room} tokens of --model {name}; give a lower one"
+        )
+
+
 def answer_length(ids, eos_id, eot_id):
-    """Tokens of an answer up to and with the one that ends it; all of them if none does."""
+    """The tokens of an answer up to and including the first end token; all if there is none."""
     ends = torch.isin(ids, torch.tensor([eos_id, eot_id])).nonzero()
     return int(ends[0]) + 1 if len(ends) else len(ids)
 
 
-def add_flags(parser):
-    """The flags that this command and evaluate.py share: the model and how it decodes."""
-    cuda = torch.cuda.is_available()
-    parser.add_argument(
-        "--model", required=True, help="checkpoint folder, base model folder or hub id"
-    )
-    parser.add_argument(
-        "--model_revision",
-        default="main",
-        help="of a hub model: branch, tag or commit (%(default)s)",
-    )
-    parser.add_argument(
-        "--gen_length", type=int, default=256, help="tokens of an answer at most (%(default)s)"
-    )
-    parser.add_argument(
-        "--block_length",
-        type=int,
-        default=32,
-        help="tokens; 0: one block, the whole answer (%(default)s)",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=128, help="denoising steps for the whole answer (%(default)s)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="of Gumbel noise (%(default)s: none)"
-    )
-    parser.add_argument(
-        "--remasking", choices=REMASKING, default=REMASKING[0], help="(%(default)s)"
-    )
-    parser.add_argument(
-        "--threshold", type=float, help="commit all tokens above this probability; then no --steps"
-    )
-    parser.add_argument(
-        "--logits_eos_inf", action="store_true", help="never predict the end-of-text token"
-    )
-    parser.add_argument(
-        "--confidence_eos_eot_inf",
-        action="store_true",
-        help="commit end tokens last in their block",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of noise and random remasking (%(default)s)"
-    )
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16" if cuda else "float32"
-    )
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="(%(default)s)")
+# ------------------------------------------------------------------------------------------ main
 
 
-SETTINGS = "gen_length block_length steps temperature remasking threshold logits_eos_inf confidence_eos_eot_inf".split()
-
-
-def settings(parser, args):
-    """The keyword arguments of `decode` from the flags of `add_flags`; ends with a message if they do not fit."""
-    how = {name: getattr(args, name) for name in SETTINGS}
-    how["block_length"] = how["block_length"] or how["gen_length"]
-    if not 0 <= args.seed < 2**31:
-        parser.error(f"--seed {args.seed}: must be 0 to {2**31 - 1}")
-    try:
-        check_settings(**{name: how[name] for name in SETTINGS[:6]})
-        torch.zeros(1, device=args.device)
-    except ValueError as error:
-        parser.error(str(error))
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} cannot be used ({pt.first_line(error)})")
-    return how
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_flags(parser)
-    parser.add_argument(
-        "--prompt", required=True, help="a question; pt.py's prompt is put around it"
-    )
-    parser.add_argument(
-        "--show", action="store_true", help="print every canvas, [MASK] as a square"
-    )
-    args = parser.parse_args()
-    how = settings(parser, args)
-    if not args.prompt.strip():
-        parser.error("--prompt is empty; give a question")
+def main(args):
+    set_device(args)
     logging.set_verbosity_error()
     tokenizer = pt.load_tokenizer(args.model, args.model_revision)
     prompts = encode_prompts(tokenizer, [args.prompt])
     model = load_model(args.model, args.model_revision, args.device, getattr(torch, args.dtype))
-    ids = special_ids(
-        args.model, model.config, tokenizer, model.get_input_embeddings().num_embeddings
-    )
-    check_prompts(args.model, prompts, how["gen_length"], ids["mask_id"], model.config)
-    forwards = how["steps"] if args.threshold is None else how["gen_length"]
-    bar = tqdm(total=forwards, unit=" forwards", desc="decode", disable=args.show)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = special_ids(args.model, model.config, tokenizer, vocabulary)
+    options = decode_options(args)
+    check_prompts(args.model, prompts, args.gen_length, ids["mask_id"], model.config)
 
-    def watch(_, canvas):
+    forwards = args.steps if args.threshold is None else args.gen_length  # at most
+    bar = tqdm(total=forwards, unit=" forwards", desc="decode", disable=args.show)
+    shown = 0
+
+    def callback(_, canvas):
+        nonlocal shown
         bar.update()
+        shown += 1
         if args.show:
-            spelled = [
-                "\u25a1" if i == ids["mask_id"] else tokenizer.decode([i])
-                for i in canvas[0, len(prompts[0]) :]
-            ]
-            print(f"--- forward {bar.n}\n{''.join(spelled)}")
+            answer = canvas[0, len(prompts[0]) :].tolist()
+            print(f"--- forward pass {shown}\n{spell(answer, tokenizer, ids['mask_id'])}")
 
     try:
-        answer = decode(model, prompts, **how, **ids, seeds=[args.seed], watch=watch)[0]
+        answers = decode(model, prompts, **options, **ids, seeds=[args.seed], callback=callback)
     except torch.OutOfMemoryError:
-        sys.exit(f"--gen_length {how['gen_length']}: out of memory; give a lower one")
+        sys.exit(f"--gen_length {args.gen_length}: out of memory; give a lower one")
     except KeyboardInterrupt:
         sys.exit("interrupted")
     bar.close()
+    answer = answers[0]
     length = answer_length(answer, ids["eos_id"], ids["eot_id"])
     print(tokenizer.decode(answer[:length], skip_special_tokens=True).strip())
 
 
+def spell(ids, tokenizer, mask_id):
+    """The text of ids, with a square for each [MASK]."""
+    return "".join("\u25a1" if id_ == mask_id else tokenizer.decode([id_]) for id_ in ids)
+
+
 if __name__ == "__main__":
-    main()
+    main(ARGS)

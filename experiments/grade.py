@@ -1,12 +1,14 @@
-"""Is a model's answer right? Final answers, plain exact match, and math-verify in a process of its own.
+"""Compare a model's answer with the right one: exact match, and math-verify in its own process.
 
-    echo '["The answer is: 1/2", "0.5"]' | python experiments/grade.py      # -> [true]
+    echo '["The answer is: 1/2", "0.5"]' | python experiments/grade.py      # prints [true]
 
-Reads one JSON line `[text, gold]` after the other and prints `[verdict]` for each. Symbolic comparison can take
-forever, or all memory: the process is ended by the system after SECONDS for one line, whatever it is doing, and has
-GIGABYTES at most. `grade` starts a new one behind the line that was the end of it, whose verdict is then None.
+Reads lines of JSON `[text, gold]` and prints `[verdict]` for each. A symbolic comparison can take
+forever, or all memory, and cannot be interrupted in the middle of a computation in C. So the system
+ends the process after SECONDS on one line, and limits its memory to GIGABYTES. `grade` starts such
+processes: the line that ended one gets the verdict None, and a new process continues after it.
 """
 
+import argparse
 import json
 import re
 import resource
@@ -15,17 +17,20 @@ import subprocess
 import sys
 from functools import lru_cache
 
-SECONDS, GIGABYTES = 30, 4
+SECONDS = 30
+GIGABYTES = 4
 MARKS = re.compile(r"the answer is(?::|(?!:))[ \t]*(?=\S)|####[ \t]*(?=\S)|\\boxed\{", re.I)
+END = re.compile(r"\.?(?:\n|$)|\.\s")  # of an answer: the line's end or a full stop
 
 
 def final_answer(text):
-    """What the last "The answer is", "####" or \\boxed{} in `text` says, up to a full stop; None without any."""
+    """The text after the last "The answer is" or "####", or in the last \\boxed{}; else None."""
     for mark in reversed(list(MARKS.finditer(text))):
         rest = text[mark.end() :]
-        answer = (
-            up_to_brace(rest) if mark[0] == "\\boxed{" else re.split(r"\.?(?:\n|$)|\.\s", rest)[0]
-        )
+        if mark[0] == "\\boxed{":
+            answer = up_to_brace(rest)
+        else:
+            answer = END.split(rest)[0]
         if answer is not None:
             return answer.strip()
     return None
@@ -34,54 +39,72 @@ def final_answer(text):
 def up_to_brace(text):
     """`text` up to the brace that closes one opened before it; None if there is none."""
     depth = 1
-    for end, letter in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(letter, 0)
+    for end, character in enumerate(text):
+        if character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
         if depth == 0:
             return text[:end]
     return None
 
 
 def exact_match(text, gold):
-    """Whether the final answer of `text` is `gold`, letter by letter but for blanks, commas and dollar signs."""
-    plain = lambda answer: re.sub(r"[\s,$]", "", answer)
+    """Whether the final answer of `text` is `gold`, apart from blanks, commas and dollar signs."""
     answer = final_answer(text)
-    return answer is not None and plain(answer) == plain(gold)
+    return answer is not None and normalize(answer) == normalize(gold)
+
+
+def normalize(answer):
+    return re.sub(r"[\s,$]", "", answer)
 
 
 def equal(text, gold):
-    """Whether math-verify finds the final answer of `text`, or else its last expression, equal to `gold`."""
+    """Whether math-verify finds the final answer of `text` equal to `gold`.
+
+    A text without a final answer is compared by its last mathematical expression.
+    """
     from math_verify import parse, verify  # here: only the process that compares needs it
 
-    formula = lambda answer: parse(answer if "$" in answer else f"${answer}$", parsing_timeout=None)
     answer = final_answer(text)
-    found = parse(text, parsing_timeout=None) if answer is None else formula(answer)
-    return verify(formula(gold), found, timeout_seconds=None)
+    if answer is None:
+        found = parse(text, parsing_timeout=None)
+    else:
+        found = parse(as_formula(answer), parsing_timeout=None)
+    expected = parse(as_formula(gold), parsing_timeout=None)
+    return verify(expected, found, timeout_seconds=None)
+
+
+def as_formula(answer):
+    return answer if "$" in answer else f"${answer}$"
 
 
 def grade(pairs):
-    """Yields for each (text, gold) True or False, or None where the comparison was the end of its process.
+    """Yields a verdict for each (text, gold): True, False, or None.
 
-    It is that by taking too long. What runs out of memory is wrong, as is all that math-verify cannot read.
+    None is for a comparison that ended its process, by taking too long. One that runs out of memory
+    is False, and so is one that math-verify cannot read.
     """
     pairs = list(pairs)
-    while pairs:
-        for verdict in grade_in_a_process(list(pairs)):
-            pairs.pop(0)
+    done = 0
+    while done < len(pairs):
+        for verdict in grade_in_one_process(pairs[done:]):
+            done += 1
             yield verdict
-        if pairs:  # the first of these was the end of the process
-            pairs.pop(0)
+        if done < len(pairs):
+            done += 1
             yield None
 
 
-def grade_in_a_process(pairs):
-    """Yields verdicts until all are given or the process has ended."""
-    how = {
-        "stdin": subprocess.PIPE,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.DEVNULL,
-        "bufsize": 0,
-    }
-    with subprocess.Popen([sys.executable, __file__], **how) as process:
+def grade_in_one_process(pairs):
+    """Yields verdicts until all are given, or the process has ended."""
+    with subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+    ) as process:
         for pair in pairs:
             try:
                 process.stdin.write(json.dumps(pair).encode() + b"\n")
@@ -94,22 +117,29 @@ def grade_in_a_process(pairs):
 
 @lru_cache
 def check():
-    """Raises SystemExit if math-verify does not work here."""
+    """Check that math-verify works.
+
+    Raises:
+        SystemExit: if it does not.
+    """
     if list(grade([("1", "1"), ("1", "2")])) != [True, False]:
-        sys.exit(
-            f'math-verify does not work here; try `echo \'["1", "1"]\' | {sys.executable} {__file__}`'
-        )
+        command = f'echo \'["1", "1"]\' | {sys.executable} {__file__}'
+        sys.exit(f"math-verify does not work here; to see why: {command}")
 
 
 def main():
-    import math_verify  # noqa: F401 (may take long, or fail, before the first comparison)
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    import math_verify  # noqa: F401 (slow, and may fail: before the first line's time is counted)
 
-    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
+    limit = GIGABYTES << 30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for line in sys.stdin:
-        signal.alarm(SECONDS)  # nothing handles it: it ends the process
+        signal.alarm(SECONDS)  # nothing handles this signal: it ends the process
         try:
             verdict = equal(*json.loads(line))
-        except Exception:  # math-verify and sympy fail in many ways on what is no mathematics
+        except Exception:  # math-verify and sympy fail in many ways on what is not mathematics
             verdict = False
         signal.alarm(0)
         print(json.dumps([verdict]), flush=True)

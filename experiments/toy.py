@@ -407,7 +407,7 @@ def launcher(ranks):
 def train(script, folder, ranks):
     """Train with `script` through the launcher; a row of the closing table."""
     flags = [word for name, value in RUN.items() for word in (f"--{name}", str(value))]
-    flags += ["--MODEL_NAME", "model", "--PT_FILE", "train.pt", "--CKPT_DIR", script]
+    flags += ["--MODEL_NAME", "model", "--DATA_PT", "train.pt", "--CKPT_DIR", script]
     command = [*launcher(ranks), os.path.join(SUITE, f"train_{script}.py"), *flags]
     seconds = launch(command, folder)
     with open(os.path.join(folder, f"{script}_logs", "run_config.json")) as file:
@@ -432,7 +432,7 @@ def train(script, folder, ranks):
 @torch.no_grad()
 def held_out_loss(checkpoint, folder, batch_rows=8):
     """Load `checkpoint` back and take the blockwise loss of every block of the test problems, noise fixed."""
-    with mock.patch.object(train_blockwise, "PT_FILE", os.path.join(folder, "test.pt")):
+    with mock.patch.object(train_blockwise, "DATA_PT", os.path.join(folder, "test.pt")):
         examples = train_blockwise.load_examples()
     draws = train_blockwise.schedule(examples, max_draws=sys.maxsize)
     pad_id = AutoTokenizer.from_pretrained(checkpoint, fix_mistral_regex=False).pad_token_id

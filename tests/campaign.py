@@ -1,14 +1,15 @@
-"""Kill a trainer at seeded random moments, start it again until it is done, and look for any difference.
+"""Kill a trainer at seeded random moments, resume it until it is done, and look for any difference.
 
     python tests/campaign.py                       # both trainers, 1 and 2 ranks, 20 kills each
     python tests/campaign.py --kills 100 --ranks 2 --seed 7
 
-Every run must end with a log and checkpoints that are the same, bit for bit, as those of a run that nobody stopped,
-and leave nothing else. The short form of it is part of the tests (test_faults.py).
+Every run must end with the log and the checkpoints, bit for bit, of a run that nobody stopped, and
+leave nothing else. A short form of this is part of the tests (test_faults.py).
 """
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -20,8 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from conftest import SUITE, build_toy, flags, user_environment
-from toy import launcher
+from conftest import SUITE, build_toy, flags, launcher, user_environment
 
 CONSTANTS = {
     "MICRO_BSIZE": 2,
@@ -31,6 +31,7 @@ CONSTANTS = {
     "SAVE_EVERY": 12,
     "STATE_EVERY": 4,
 }
+LAST = f"run_step{CONSTANTS['TOTAL_TRAIN_STEPS']:04d}"
 MOMENTS = (
     "before the first step",
     "in a step",
@@ -45,73 +46,59 @@ TIMEOUT = 60  # seconds in which a launch must end after one of its ranks has di
 def command(script, ranks, toy_folder, **constants):
     """The command line of a short run of `script` that saves often."""
     python = [sys.executable] if ranks == 1 else launcher(ranks)
-    data = {
+    values = {
         "MODEL_NAME": toy_folder / "model",
-        "PT_FILE": toy_folder / "train.pt",
+        "DATA_PT": toy_folder / "train.pt",
         "CKPT_DIR": "run",
+        **CONSTANTS,
+        **constants,
     }
-    return [
-        *python,
-        str(SUITE / f"train_{script}.py"),
-        *flags(**{**data, **CONSTANTS, **constants}),
-    ]
+    return [*python, str(SUITE / f"train_{script}.py"), *flags(**values)]
 
 
 def start(script, ranks, toy_folder, folder):
     """The Popen of such a run in a session of its own; what it prints goes to `folder`.printed."""
     with open(f"{folder}.printed", "a") as printed:
-        how = {"cwd": folder, "env": user_environment(), "stdout": printed, "stderr": printed}
-        return subprocess.Popen(command(script, ranks, toy_folder), start_new_session=True, **how)
+        return subprocess.Popen(
+            command(script, ranks, toy_folder),
+            cwd=folder,
+            env=user_environment(),
+            stdout=printed,
+            stderr=printed,
+            start_new_session=True,
+        )
+
+
+# ---------------------------------------------------------------------------- processes
 
 
 def alive(session):
-    """The processes of a session that are no zombies, {pid: command line}."""
+    """The processes of a session that are not zombies, {pid: command line}."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, own_session = stat.read_text().rpartition(")")[2].split()[:4]
             if int(own_session) == session and state != "Z":
-                found[int(stat.parent.name)] = (stat.parent / "cmdline").read_text().split("\0")
+                words = (stat.parent / "cmdline").read_text().split("\0")
+                found[int(stat.parent.name)] = words
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
 
 
-def wait_for(moment, folder, run, rng):
-    """Sleep until a random point of `moment`; False if the run ended before."""
-    log, partial = folder / "run_logs" / "train_loss.csv", folder / "run_state" / "partial"
-    begun, began = log.stat().st_mtime_ns if log.exists() else 0, time.time()
-    delay = rng.uniform(0, 3)
-    came = {
-        "before the first step": lambda: time.time() - began > delay,
-        "in a step": lambda: (
-            log.exists() and log.stat().st_mtime_ns > begun and log.read_text().count("\n") > 1
-        ),
-        "saving a state": lambda: any(partial.glob("*states.pt")),
-        "saving a checkpoint": lambda: (partial / "config.json").exists(),
-        "at the end": lambda: (folder / f"run_step{CONSTANTS['TOTAL_TRAIN_STEPS']:04d}").exists(),
-        "one rank": lambda: time.time() - began > delay and ranks_of(run),
-    }[moment]
-    while not came():
-        if run.poll() is not None:
-            return False
-        time.sleep(0.0005)
-    time.sleep(rng.choice((0, rng.uniform(0, 0.02), rng.uniform(0, 0.5))))
-    return run.poll() is None
-
-
 def ranks_of(run):
     """The process ids of the ranks that a launcher has started."""
-    return [
-        pid
-        for pid, words in alive(run.pid).items()
-        if any(word.startswith("--local_rank=") for word in words)
-    ]
+    ranks = []
+    for pid, words in alive(run.pid).items():
+        if any(word.startswith("--local_rank=") for word in words):
+            ranks.append(pid)
+    return ranks
 
 
 def kill(run, moment, rng):
-    """SIGKILL to all processes of a run, or to one rank, behind which the others must end by themselves."""
-    if moment == "one rank" and (ranks := ranks_of(run)):
+    """SIGKILL to all processes of a run, or to one rank, after which the others end by themselves."""
+    ranks = ranks_of(run) if moment == "one rank" else []
+    if ranks:
         os.kill(rng.choice(sorted(ranks)), signal.SIGKILL)
         assert run.wait(timeout=TIMEOUT) != 0
     else:
@@ -123,25 +110,83 @@ def kill(run, moment, rng):
         time.sleep(0.01)
 
 
+# ---------------------------------------------------------------------------- moments
+
+
+def is_saving_a_state(state):
+    """Whether a folder of a step is there that latest.json does not name yet."""
+    latest = state / "latest.json"
+    named = json.loads(latest.read_text()) if latest.exists() else ""
+    return any(folder.name != named and any(folder.iterdir()) for folder in state.glob("step*"))
+
+
+def has_come(moment, folder, run, elapsed, delay, log_time):
+    """Whether a run has come to the `moment` at which it is to be killed."""
+    log = folder / "run_logs" / "train_loss.csv"
+    state = folder / "run_logs" / "state"
+    if moment == "before the first step":
+        return elapsed > delay
+    if moment == "in a step":
+        is_new = log.exists() and log.stat().st_mtime_ns > log_time
+        return is_new and log.read_text().count("\n") > 1
+    if moment == "saving a state":
+        return is_saving_a_state(state)
+    if moment == "saving a checkpoint":
+        return (state / "checkpoint" / "config.json").exists()
+    if moment == "at the end":
+        return (folder / LAST).exists()
+    return elapsed > delay and bool(ranks_of(run))  # one rank
+
+
+def wait_for(moment, folder, run, rng):
+    """Sleep until a random point of `moment`; False if the run ended before."""
+    log = folder / "run_logs" / "train_loss.csv"
+    log_time = log.stat().st_mtime_ns if log.exists() else 0
+    began = time.time()
+    delay = rng.uniform(0, 3)
+    while True:
+        try:
+            if has_come(moment, folder, run, time.time() - began, delay, log_time):
+                break
+        except FileNotFoundError:  # removed between two looks
+            pass
+        if run.poll() is not None:
+            return False
+        time.sleep(0.0005)
+    time.sleep(rng.choice((0, rng.uniform(0, 0.02), rng.uniform(0, 0.5))))
+    return run.poll() is None
+
+
+# ---------------------------------------------------------------------------- what is left
+
+
+def contents(folder):
+    """{name: SHA-256} of all files below `folder`, without a state, or one that is being removed."""
+    digests = {}
+    for path in Path(folder).rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.is_file() and not name.startswith(("run_logs/state/", "run_logs/finished/")):
+            digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
+
+
 def check_remains(folder, whole):
-    """After a kill: no checkpoint that differs from the `whole` ones, and a state as long as the run is unfinished."""
+    """After a kill: every checkpoint is whole, and there is a state while the run is unfinished."""
     left = contents(folder)
-    for name, digest in left.items():
-        if name.startswith("run_step"):
-            assert whole[name] == digest, name
-    for name in {name.split("/")[0] for name in left if name.startswith("run_step")}:
-        assert {n for n in left if n.startswith(name)} == {
-            n for n in whole if n.startswith(name)
-        }, name
-    finished = f"run_step{CONSTANTS['TOTAL_TRAIN_STEPS']:04d}" in {
-        name.split("/")[0] for name in left
-    }
-    begun = (folder / "run_logs").exists()
-    assert (folder / "run_state").exists() or finished or not begun
+    steps = {name.split("/")[0] for name in left if name.startswith("run_step")}
+    for step in steps:
+        of_step = {name: digest for name, digest in whole.items() if name.startswith(f"{step}/")}
+        assert {name: left[name] for name in left if name.startswith(f"{step}/")} == of_step
+    has_begun = (folder / "run_logs").exists()
+    assert (folder / "run_logs" / "state").exists() or LAST in steps or not has_begun
 
 
 def survive(begin, folder, moments, rng, whole):
-    """Start a run again and again, killed at each of `moments` in turn, until it is done; the Counter of those met."""
+    """Resume a run again and again, killed at each of `moments`, until it is done.
+
+    Returns:
+        the Counter of the moments that were met.
+    """
     folder.mkdir()
     met = Counter()
     for moment in moments:
@@ -151,42 +196,33 @@ def survive(begin, folder, moments, rng, whole):
         kill(run, moment, rng)
         met[moment] += 1
         check_remains(folder, whole)
-        if (
-            not (folder / "run_state").exists() and (folder / "run_logs").exists()
-        ):  # killed when all was done
-            return met
+        if (folder / LAST).exists() and not (folder / "run_logs" / "state").exists():
+            return met  # killed when all was done
     else:
         run = begin(folder)
     assert run.wait(timeout=300) == 0, Path(f"{folder}.printed").read_text()
     return met
 
 
-def contents(folder):
-    """{name: SHA-256} of all files below `folder`, but for a state that is being removed."""
-    files = {
-        str(path.relative_to(folder)): path for path in Path(folder).rglob("*") if path.is_file()
-    }
-    kept = {name: path for name, path in files.items() if not name.startswith("run_logs/state/")}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in kept.items()}
-
-
 def campaign(script, ranks, kills, seed, toy_folder, folder):
-    """Kill runs of `script` on so many `ranks` until so many `kills` have hit one; the Counter of the moments met."""
-    rng, met, number = random.Random(f"{script} {ranks} {seed}"), Counter(), 0
+    """Kill runs of `script` on `ranks` until `kills` have hit one; the Counter of the moments met."""
+    rng = random.Random(f"{script} {ranks} {seed}")
     moments = MOMENTS if ranks > 1 else MOMENTS[:-1]  # one rank alone has no others
-    begin = lambda where: start(script, ranks, toy_folder, where)
-    (reference := folder / "reference").mkdir(parents=True)
+
+    def begin(where):
+        return start(script, ranks, toy_folder, where)
+
+    reference = folder / "reference"
+    reference.mkdir(parents=True)
     assert begin(reference).wait(timeout=300) == 0, Path(f"{reference}.printed").read_text()
     whole = contents(reference)
+    met = Counter()
+    number = 0
     while met.total() < kills:
-        run = folder / f"run{(number := number + 1)}"
-        met += survive(
-            begin,
-            run,
-            rng.choices(moments, k=min(kills - met.total(), rng.randint(1, 8))),
-            rng,
-            whole,
-        )
+        number += 1
+        run = folder / f"run{number}"
+        planned = rng.choices(moments, k=min(kills - met.total(), rng.randint(1, 8)))
+        met += survive(begin, run, planned, rng, whole)
         assert contents(run) == whole, set(contents(run).items()) ^ set(whole.items())
         shutil.rmtree(run)
         print(
@@ -199,12 +235,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--kills",
-        type=int,
-        default=20,
-        help="of each trainer on each number of ranks (%(default)s)",
-    )
+    kills = "of each trainer on each number of ranks (%(default)s)"
+    parser.add_argument("--kills", type=int, default=20, help=kills)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="(1 2)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -212,14 +244,8 @@ def main():
         toy_folder = build_toy(Path(folder) / "toy")
         for script in ("blockwise", "fullseq"):
             for ranks in args.ranks:
-                campaign(
-                    script,
-                    ranks,
-                    args.kills,
-                    args.seed,
-                    toy_folder,
-                    Path(folder) / f"{script}{ranks}",
-                )
+                where = Path(folder) / f"{script}{ranks}"
+                campaign(script, ranks, args.kills, args.seed, toy_folder, where)
     print("nothing was lost, and every result is the same, bit for bit")
 
 

@@ -18,6 +18,7 @@ import pytest
 SUITE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(SUITE), str(SUITE / "experiments")]
 
+import suite
 import toy
 
 import pt
@@ -77,7 +78,7 @@ def fullseq(monkeypatch, toy_folder):
 def prepare(module, monkeypatch, toy_folder):
     for name in module.CONSTANTS:  # so that monkeypatch puts every one of them back
         monkeypatch.setattr(module, name, getattr(module, name))
-    module.MODEL_NAME, module.PT_FILE = str(toy_folder / "model"), str(toy_folder / "train.pt")
+    module.MODEL_NAME, module.DATA_PT = str(toy_folder / "model"), str(toy_folder / "train.pt")
     module.MICRO_BSIZE, module.LORA_RANK, module.TOTAL_TRAIN_STEPS = 2, 4, 3
     return module
 
@@ -104,15 +105,13 @@ def launch(command, folder, timeout=240, **environment):
 
 
 def user_environment(**changes):
-    """The environment of a user who has activated this interpreter's environment and is in another folder."""
-    scripts = os.path.dirname(sys.executable)
-    return {
-        **os.environ,
-        "PATH": scripts + os.pathsep + os.environ["PATH"],
-        "PYTHONPATH": "",
-        **changes,
-    }
+    """The environment of a user of this interpreter's virtual environment, in another folder."""
+    return suite.user_environment(PYTHONPATH="", **changes)
+
+
+def launcher(ranks):
+    return suite.launcher(ranks)
 
 
 def flags(**constants):
-    return [word for name, value in constants.items() for word in (f"--{name}", str(value))]
+    return suite.flags(constants)

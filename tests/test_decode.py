@@ -2,79 +2,233 @@
 
 import itertools
 import json
+import math
 import re
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import decode
 import pytest
+import suite
 import torch
 from toy_llada.configuration_llada import LLaDAConfig
 from toy_llada.modeling_llada import LLaDAModelLM
 
 import pt
 
-MASK, EOS, EOT, VOCABULARY = 7, 3, 5, 24
+MASK = 7
+EOS = 3
+EOT = 5
+VOCABULARY = 24
 IDS = {"mask_id": MASK, "eos_id": EOS, "eot_id": EOT}
 
 
 def small_model(seed, vocabulary=VOCABULARY):
-    """A LLaDA with random weights, large enough that its predictions differ from place to place."""
+    """A LLaDA with random weights, large enough that its predictions differ between positions."""
     torch.manual_seed(seed)
-    shape = {"d_model": 16, "n_layers": 2, "n_heads": 2, "mlp_hidden_size": 32, "init_std": 0.4}
-    return LLaDAModelLM(LLaDAConfig(**shape, vocab_size=vocabulary, mask_token_id=MASK)).eval()
+    config = LLaDAConfig(
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        mlp_hidden_size=32,
+        init_std=0.4,
+        vocab_size=vocabulary,
+        mask_token_id=MASK,
+    )
+    return LLaDAModelLM(config).eval()
+
+
+def without_mask(model):
+    """The model, which now never predicts [MASK], as is true of trained ones."""
+
+    def forbid(_, inputs, logits):
+        return logits.index_fill(-1, torch.tensor([MASK]), -1e4)
+
+    model.get_output_embeddings().register_forward_hook(forbid)
+    return model
 
 
 def prompts_of(rng, *lengths):
-    choices = torch.tensor([i for i in range(VOCABULARY) if i != MASK])
-    return [choices[torch.randint(len(choices), (length,), generator=rng)] for length in lengths]
+    """Random prompts of these lengths, without MASK."""
+    choices = torch.tensor([id_ for id_ in range(VOCABULARY) if id_ != MASK])
+    prompts = []
+    for length in lengths:
+        picked = torch.randint(len(choices), (length,), generator=rng)
+        prompts.append(choices[picked])
+    return prompts
+
+
+def decode_one(model, prompt, **options):
+    """The answer to one prompt, and the canvases (L,) that the model was given."""
+    canvases = []
+
+    def keep(_, canvas):
+        canvases.append(canvas[0].clone())
+
+    answers = decode.decode(model, [prompt], **{**IDS, **options}, callback=keep)
+    return answers[0], canvases
+
+
+# --------------------------------------------------------------------------- the plain definition
 
 
 @torch.no_grad()
-def reference(model, prompt, gen_length, block_length, steps, logits_eos_inf=False, last=()):
-    """The definition as plain loops, for one prompt at temperature 0, in float64."""
+def reference(
+    model, prompt, gen_length, block_length, steps, logits_eos_inf, confidence_eos_eot_inf
+):
+    """LLaDA's decoder as plain loops, for one prompt at temperature 0, in float64."""
     canvas = [*prompt.tolist(), *[MASK] * gen_length]
-    blocks = gen_length // block_length
-    for block in range(blocks):
+    num_blocks = gen_length // block_length
+    steps_per_block = steps // num_blocks
+    for block in range(num_blocks):
         start = len(prompt) + block * block_length
-        room = range(start, start + block_length)
-        for step in range(steps // blocks):
-            logits = model(input_ids=torch.tensor([canvas])).logits[0].double()
+        for step in range(steps_per_block):
+            logits = model(input_ids=torch.tensor([canvas])).logits[0].double()  # (L, V)
             if logits_eos_inf:
                 logits[:, EOS] = -torch.inf
-            sure, tokens = logits.softmax(-1).max(-1)
-            masked = [i for i in room if canvas[i] == MASK]
-            rank = lambda i, sure=sure, tokens=tokens: (int(tokens[i]) in last, -sure[i])
-            count = block_length // (steps // blocks) + (step < block_length % (steps // blocks))
-            for i in sorted(masked, key=rank)[:count]:
-                canvas[i] = int(tokens[i])
+            x0 = logits.argmax(-1).tolist()
+            if confidence_eos_eot_inf:
+                logits[:, [EOS, EOT]] = -torch.inf
+            p = logits.softmax(-1)
+            masked = [i for i in range(start, start + block_length) if canvas[i] == MASK]
+            by_confidence = sorted(masked, key=lambda i: -p[i, x0[i]])  # equals stay in order
+            num = block_length // steps_per_block
+            if step < block_length % steps_per_block:
+                num += 1
+            for i in by_confidence[:num]:
+                canvas[i] = x0[i]
     return torch.tensor(canvas[len(prompt) :])
 
 
 def until_end(answer, block_length):
-    """How much of an answer decoding has to fill: up to the block in which it ends."""
+    """How much of an answer decoding has to fill: up to the end of the block in which it ends."""
     length = decode.answer_length(answer, EOS, EOT)
-    return -(-length // block_length) * block_length
+    return math.ceil(length / block_length) * block_length
 
 
-@pytest.mark.parametrize("seed", (0, 1, 3, 8))
-def test_the_reference_decoder(seed):
-    """Any block length and number of steps; blocks behind the answer's end stay masked."""
-    model, rng = small_model(seed), torch.Generator().manual_seed(seed)
-    for block_length, per_block in itertools.product((1, 4, 6, 12), (1, 2, 5, 14)):
-        (prompt,) = prompts_of(rng, int(torch.randint(1, 9, (), generator=rng)))
-        how = {
+@pytest.mark.parametrize("logits_eos_inf", [False, True])
+@pytest.mark.parametrize("confidence_eos_eot_inf", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_reference_decoder(seed, logits_eos_inf, confidence_eos_eot_inf):
+    """For any block length and number of steps; blocks after the answer's end stay masked."""
+    model = without_mask(small_model(seed))
+    rng = torch.Generator().manual_seed(seed)
+    for block_length, steps_per_block in itertools.product((1, 4, 6, 12), (1, 2, 5, 14)):
+        prompt_len = int(torch.randint(1, 9, (), generator=rng))
+        (prompt,) = prompts_of(rng, prompt_len)
+        options = {
             "gen_length": 12,
             "block_length": block_length,
-            "steps": per_block * 12 // block_length,
+            "steps": steps_per_block * 12 // block_length,
+            "logits_eos_inf": logits_eos_inf,
+            "confidence_eos_eot_inf": confidence_eos_eot_inf,
         }
-        for ends in ({}, {"logits_eos_inf": True}, {"confidence_eos_eot_inf": True}):
-            (answer,) = decode.decode(model, [prompt], **how, **IDS, **ends)
-            last = (EOS, EOT) if "confidence_eos_eot_inf" in ends else ()
-            expected = reference(
-                model, prompt, **how, logits_eos_inf="logits_eos_inf" in ends, last=last
-            )
-            filled = until_end(expected, block_length)
-            assert answer[:filled].equal(expected[:filled]) and (answer[filled:] == MASK).all()
+        expected = reference(model, prompt, **options)
+        answer, _ = decode_one(model, prompt, **options)
+        filled = until_end(expected, block_length)
+        assert answer[:filled].equal(expected[:filled])
+        assert (answer[filled:] == MASK).all()
+
+
+# -------------------------------------------------------------------------------- the end tokens
+
+
+class FixedModel:
+    """Gives fixed probabilities for each position of an answer after a prompt of one token."""
+
+    def __init__(self, rows):
+        """`rows`: a dict per position, {id: probability}."""
+        p = torch.zeros(1 + len(rows), VOCABULARY)
+        for position, row in enumerate(rows, start=1):
+            for id_, probability in row.items():
+                p[position, id_] = probability
+        self.logits = p.log()[None]  # (1, L, V)
+        self.embedding = torch.nn.Embedding(1, 1)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    get_output_embeddings = get_input_embeddings
+
+    def __call__(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=self.logits.clone())
+
+
+def commit_order(rows, **options):
+    """The positions of an answer in the order in which they are committed, one per step."""
+    size = {"gen_length": len(rows), "block_length": len(rows), "steps": len(rows)}
+    answer, canvases = decode_one(FixedModel(rows), torch.tensor([1]), **size, **options)
+    states = [*(canvas[1:] for canvas in canvases), answer]
+    order = []
+    for before, after in itertools.pairwise(states):
+        order.append(torch.nonzero(before != after)[:, 0].tolist())
+    return order
+
+
+@pytest.mark.parametrize("end", [EOS, EOT])
+def test_other_confidences_are_normalized_without_end_tokens(end):
+    """0.5 of the 0.55 that is not for an end token is more than 0.6 of 1."""
+    rows = [{10: 0.6, 11: 0.4}, {10: 0.5, end: 0.45, 11: 0.05}]
+    assert commit_order(rows) == [[0], [1]]
+    assert commit_order(rows, confidence_eos_eot_inf=True) == [[1], [0]]
+    assert commit_order(rows, confidence_eos_eot_inf=True, threshold=0.8) == [[1], [0]]
+
+
+def test_end_tokens_come_last_from_left_to_right():
+    """Whatever their probabilities, and also with a threshold that these exceed."""
+    rows = [
+        {EOT: 0.9, 10: 0.1},
+        {EOS: 0.99, 10: 0.01},
+        {10: 0.4, 11: 0.3, 12: 0.3},
+        {EOS: 0.95, 10: 0.05},
+    ]
+    assert commit_order(rows) == [[1], [3], [0], [2]]
+    assert commit_order(rows, confidence_eos_eot_inf=True) == [[2], [0], [1], [3]]
+    late = commit_order(rows, confidence_eos_eot_inf=True, threshold=0.5)
+    assert late == [[2], [0], [1], [3]]
+
+
+def test_random_remasking_has_no_confidences_to_change():
+    rows = [{EOS: 0.9, 10: 0.1}, {10: 0.9, EOT: 0.1}, {10: 1.0}, {EOT: 1.0}, {11: 1.0}]
+    plain = commit_order(rows, remasking="random")
+    assert commit_order(rows, remasking="random", confidence_eos_eot_inf=True) == plain
+
+
+def test_logits_eos_inf():
+    model = small_model(8)
+    prompts = prompts_of(torch.Generator().manual_seed(8), *[5] * 30)
+    options = {"gen_length": 6, "block_length": 6, "steps": 6, **IDS}
+    assert (decode.decode(model, prompts, **options) == EOS).any()
+    assert not (decode.decode(model, prompts, **options, logits_eos_inf=True) == EOS).any()
+
+
+def test_nearly_sure_positions_are_told_apart():
+    """Probabilities that all round to 1 in float32 still have an order."""
+    logits = torch.tensor([[0.0, 40.0, 1.0], [0.0, 60.0, 1.0], [50.0, 0.0, 1.0]])
+    assert logits.softmax(-1).max(-1).values.tolist() == [1, 1, 1]
+    confidence = decode.log_odds(logits, logits.argmax(-1))
+    assert confidence.argsort().tolist() == [0, 2, 1]
+
+
+def test_log_odds_are_those_of_the_softmax():
+    logits = torch.randn(70, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(70) % VOCABULARY
+    p = logits.double().softmax(-1)[torch.arange(70), tokens]
+    confidence = decode.log_odds(logits, tokens)
+    torch.testing.assert_close(confidence, torch.log(p / (1 - p)), rtol=1e-5, atol=1e-5)
+
+
+def test_equal_confidences_are_committed_from_left_to_right():
+    """In long blocks too, for which torch.topk takes others."""
+    for num in range(1, 40):
+        confidence = torch.zeros(40, dtype=torch.float64)
+        masked = torch.ones(1, 40, dtype=torch.bool)
+        picked = decode.most_confident(masked, confidence, num, None)
+        assert picked[0].nonzero()[:, 0].tolist() == list(range(num))
+
+
+# ------------------------------------------------------------------------------ batches, sampling
 
 
 @pytest.mark.parametrize(
@@ -84,155 +238,132 @@ def test_the_reference_decoder(seed):
         {"temperature": 0.8},
         {"remasking": "random"},
         {"threshold": 0.6},
+        {"confidence_eos_eot_inf": True},
         {"temperature": 1.5, "threshold": 0.3, "confidence_eos_eot_inf": True},
     ],
 )
 def test_a_batch_gives_what_single_prompts_give(options):
-    model, rng = small_model(8), torch.Generator().manual_seed(8)
-    prompts = prompts_of(rng, *range(1, 14))
-    how = {"gen_length": 18, "block_length": 6, "steps": 9, **options, **IDS}
-    seen, whole = [0] * len(prompts), []
+    model = small_model(8)
+    prompts = prompts_of(torch.Generator().manual_seed(8), *range(1, 14))
+    options = {"gen_length": 18, "block_length": 6, "steps": 9, **IDS, **options}
+    forwards = [0] * len(prompts)
+    sizes = []
 
-    def watch(rows, canvas):
-        whole.append(len(rows))
+    def count(rows, _):
+        sizes.append(len(rows))
         for row in rows:
-            seen[row] += 1
+            forwards[row] += 1
 
-    batch = decode.decode(model, prompts, **how, seeds=range(13), watch=watch)
+    batch = decode.decode(model, prompts, **options, seeds=range(13), callback=count)
     for row, prompt in enumerate(prompts):
-        forwards = []
-        one = decode.decode(
-            model, [prompt], **how, seeds=[row], watch=lambda *met, f=forwards: f.append(met)
-        )
-        assert one[0].equal(batch[row]) and len(forwards) == seen[row]
-    assert (
-        max(whole) == 13 and len(set(seen)) > 1
-    )  # some ended earlier, and were left out from there on
-    assert options == {} or not decode.decode(
-        model, prompts, **how | {"temperature": 0, "remasking": "low_confidence", "threshold": None}
-    ).equal(batch)
+        answer, canvases = decode_one(model, prompt, **options, seeds=[row])
+        assert answer.equal(batch[row])
+        assert len(canvases) == forwards[row]
+    assert max(sizes) == 13
+    assert len(set(forwards)) > 1  # some answers ended earlier, and were then left out
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.8}, {"remasking": "random"}, {"threshold": 0.6}]
+)
+def test_options_change_answers(options):
+    model = small_model(8)
+    prompts = prompts_of(torch.Generator().manual_seed(8), *range(1, 14))
+    plain = {"gen_length": 18, "block_length": 6, "steps": 9, **IDS}
+    assert not decode.decode(model, prompts, **plain, **options).equal(
+        decode.decode(model, prompts, **plain)
+    )
 
 
 def test_threshold():
-    """A threshold near 1 commits one token a forward, near 0 all; in between every token above it, or the surest."""
-    model, (prompt,) = small_model(27), prompts_of(torch.Generator().manual_seed(27), 6)
-    how = {"gen_length": 8, "block_length": None, "steps": 8, "logits_eos_inf": True, **IDS}
+    """Each step commits every token above the threshold, or else the surest one."""
+    model = without_mask(small_model(27))
+    (prompt,) = prompts_of(torch.Generator().manual_seed(27), 6)
+    options = {"gen_length": 8, "block_length": None, "steps": 8, "logits_eos_inf": True}
     forwards = {}
     for threshold in (1e-9, 0.3, 1 - 1e-12):
-        canvases = []
-        answer = decode.decode(
-            model,
-            [prompt],
-            **how,
-            threshold=threshold,
-            watch=lambda _, c, to=canvases: to.append(c[0, 6:].clone()),
-        )[0]
+        answer, canvases = decode_one(model, prompt, **options, threshold=threshold)
         forwards[threshold] = len(canvases)
-        for before, after in itertools.pairwise([*canvases, answer]):
+        states = [*(canvas[6:] for canvas in canvases), answer]
+        for before, after in itertools.pairwise(states):
             with torch.no_grad():
                 logits = model(input_ids=torch.cat([prompt, before])[None]).logits[0, 6:]
             logits[:, EOS] = -torch.inf
-            sure, tokens = logits.softmax(-1).max(-1)
+            p, x0 = logits.softmax(-1).max(-1)
             masked = before == MASK
-            commits = masked & ((sure > threshold) | (sure == sure[masked].max()))
-            assert after.equal(torch.where(commits, tokens, before))
+            commits = masked & ((p > threshold) | (p == p[masked].max()))
+            assert after.equal(torch.where(commits, x0, before))
     assert forwards[1e-9] == 1 < forwards[0.3] < forwards[1 - 1e-12] == 8
-    assert decode.decode(model, [prompt], **how, threshold=1 - 1e-12).equal(
-        decode.decode(model, [prompt], **how)
-    )
-
-
-@torch.no_grad()
-def test_end_tokens_come_last_in_their_block():
-    """Where one is committed, nothing but end tokens is predicted for what is left of the block."""
-    model, rng = small_model(8), torch.Generator().manual_seed(8)
-    prompts, how = (
-        prompts_of(rng, *[5] * 30),
-        {"gen_length": 6, "block_length": 6, "steps": 6, **IDS},
-    )
-    is_end = lambda ids: (ids == EOS) | (ids == EOT)
-    for late in (True, False):
-        canvases = []
-        watch = lambda _, canvas, to=canvases: to.append(canvas[:, 5:].clone())
-        answers = decode.decode(model, prompts, **how, confidence_eos_eot_inf=late, watch=watch)
-        assert is_end(answers).any()
-        ok = True
-        for before, after in itertools.pairwise([*canvases, answers]):
-            predicted = (
-                model(input_ids=torch.cat([torch.stack(prompts), before], 1))
-                .logits[:, 5:]
-                .argmax(-1)
-            )
-            only_ends = (is_end(predicted) | (before != MASK)).all(1)
-            ok &= bool(only_ends[(is_end(after) & (before == MASK)).any(1)].all())
-        assert ok == late
-    assert not (decode.decode(model, prompts, **how, logits_eos_inf=True) == EOS).any()
-
-
-@torch.no_grad()
-def test_a_head_tied_to_the_embedding():
-    """The head is then applied by the model itself, to all positions; the tokens are the same."""
-    tied, prompts = small_model(9), prompts_of(torch.Generator().manual_seed(9), 3, 7)
-    how = {"gen_length": 8, "block_length": 4, "steps": 4, **IDS}
-    embedding = tied.get_input_embeddings()
-    tied.get_output_embeddings().weight.data = embedding.weight.data
-    expected = decode.decode(tied, prompts, **how)
-    inner = tied.model.transformer.pop("ff_out")
-    tied.model.transformer["ff_out"] = torch.nn.Identity()
-    forward = tied.forward
-
-    def with_tied_head(**inputs):
-        output = forward(**inputs)
-        output.logits = torch.nn.functional.linear(output.logits, inner.weight)
-        return output
-
-    tied.forward, tied.get_output_embeddings = with_tied_head, lambda: embedding
-    assert decode.decode(tied, prompts, **how).equal(expected)
+    one_by_one, _ = decode_one(model, prompt, **options)
+    assert answer.equal(one_by_one)
 
 
 def test_temperature_samples_the_softmax():
-    """At temperature 1 a token is drawn with its softmax probability: 4,000 draws, 5 standard deviations."""
-    model, (prompt,) = small_model(3), prompts_of(torch.Generator().manual_seed(3), 4)
-    how = {"gen_length": 1, "block_length": 1, "steps": 1, "temperature": 1.0, **IDS}
-    drawn = decode.decode(model, [prompt] * 4000, **how, seeds=range(4000))[:, 0]
+    """At temperature 1 a token is drawn with its softmax probability.
+
+    4,000 draws and 24 shares, each within 5 standard deviations and 0.001: a false alarm about
+    once in 70,000 runs, if the seeds were not fixed.
+    """
+    model = small_model(3)
+    (prompt,) = prompts_of(torch.Generator().manual_seed(3), 4)
+    options = {"gen_length": 1, "block_length": 1, "steps": 1, "temperature": 1.0, **IDS}
+    drawn = decode.decode(model, [prompt] * 4000, **options, seeds=range(4000))[:, 0]
+    canvas = torch.cat([prompt, torch.tensor([MASK])])
     with torch.no_grad():
-        p = (
-            model(input_ids=torch.cat([prompt, torch.tensor([MASK])])[None])
-            .logits[0, -1]
-            .softmax(-1)
-        )
+        p = model(input_ids=canvas[None]).logits[0, -1].softmax(-1)
     share = torch.bincount(drawn, minlength=VOCABULARY) / 4000
     assert ((share - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()
     assert p.max() < 0.95  # so that there is something to draw
 
 
-def test_the_head_sees_the_masked_positions_alone():
-    model, rows = small_model(4), []
+@torch.no_grad()
+def test_a_head_tied_to_the_embedding():
+    """The model itself then applies the head, to all positions; the tokens are the same."""
+    model = small_model(9)
+    prompts = prompts_of(torch.Generator().manual_seed(9), 3, 7)
+    options = {"gen_length": 8, "block_length": 4, "steps": 4, **IDS}
+    embedding = model.get_input_embeddings()
+    model.get_output_embeddings().weight.data = embedding.weight.data
+    expected = decode.decode(model, prompts, **options)
+
+    model.model.transformer["ff_out"] = torch.nn.Identity()
+    forward = model.forward
+
+    def with_tied_head(**inputs):
+        output = forward(**inputs)
+        output.logits = torch.nn.functional.linear(output.logits, embedding.weight)
+        return output
+
+    model.forward = with_tied_head
+    model.get_output_embeddings = model.get_input_embeddings
+    assert decode.decode(model, prompts, **options).equal(expected)
+
+
+def test_only_masked_positions_go_through_the_head():
+    model = without_mask(small_model(4))
     prompts = prompts_of(torch.Generator().manual_seed(4), 3, 9)
-    head = model.get_output_embeddings()
-    with head.register_forward_hook(
-        lambda _, inputs, out: rows.append((*out.shape, out.requires_grad))
-    ):
-        decode.decode(
-            model, prompts, gen_length=4, block_length=4, steps=4, logits_eos_inf=True, **IDS
-        )
-    assert rows == [(2 * left, VOCABULARY, False) for left in (4, 3, 2, 1)]
+    shapes = []
+
+    def note(_, inputs, logits):
+        shapes.append((tuple(logits.shape), logits.requires_grad))
+
+    model.get_output_embeddings().register_forward_hook(note)
+    options = {"gen_length": 4, "block_length": 4, "steps": 4, "logits_eos_inf": True, **IDS}
+    decode.decode(model, prompts, **options)
+    assert shapes == [((2 * left, VOCABULARY), False) for left in (4, 3, 2, 1)]
 
 
-def test_nearly_sure_positions_are_told_apart():
-    """Probabilities that all round to 1 in float32 still have an order."""
-    logits = torch.tensor([[0.0, 40.0, 1.0], [0.0, 60.0, 1.0], [50.0, 0.0, 1.0]])
-    assert logits.softmax(-1).max(-1).values.tolist() == [1, 1, 1]
-    tokens, confidence = decode.choose(logits, [3], [None], 0, "low_confidence")
-    assert tokens.tolist() == [1, 1, 0] and confidence.argsort().tolist() == [0, 2, 1]
+# -------------------------------------------------------------------- mistakes, and the command
 
 
 @pytest.mark.parametrize(
     "wrong, message",
     [
         ({"gen_length": 30, "block_length": 8}, "gen_length 30 is not divisible by block_length 8"),
+        ({"gen_length": 0}, "gen_length 0 must be at least 1"),
+        ({"block_length": -4}, "block_length -4 must be at least 1"),
         ({"steps": 3}, "steps 3 is not divisible by the 2 blocks"),
-        ({"steps": 0}, "steps 0"),
+        ({"steps": 0}, "steps 0 is not divisible by the 2 blocks"),
         ({"temperature": -1}, "temperature -1"),
         ({"remasking": "none"}, "remasking 'none'"),
         ({"threshold": 1.0}, "threshold 1.0"),
@@ -240,67 +371,92 @@ def test_nearly_sure_positions_are_told_apart():
         ({"threshold": 0.5, "remasking": "random"}, "needs remasking low_confidence"),
     ],
 )
-def test_bad_settings(wrong, message):
+def test_bad_options(wrong, message):
+    options = {"gen_length": 16, "block_length": 8, "steps": 8, **wrong}
     with pytest.raises(ValueError, match=re.escape(message)):
-        decode.decode(
-            None, [torch.tensor([1])], **{"gen_length": 16, "block_length": 8, "steps": 8} | wrong
-        )
+        decode.decode(None, [torch.tensor([1])], **options)
 
 
 @pytest.mark.parametrize("prompt", [[], [1, MASK]])
 def test_bad_prompts(prompt):
-    with pytest.raises(ValueError, match="prompt 1 is empty or contains mask_id 7"):
-        decode.decode(small_model(0), [[1], prompt], gen_length=8, block_length=8, steps=8, **IDS)
+    options = {"gen_length": 8, "block_length": 8, "steps": 8, **IDS}
+    with pytest.raises(ValueError, match=r"prompts\[1\] is empty or contains mask_id 7"):
+        decode.decode(small_model(0), [[1], prompt], **options)
 
 
 def test_no_prompts():
-    assert decode.decode(
-        small_model(0), [], gen_length=8, block_length=8, steps=8, **IDS
-    ).shape == (0, 8)
+    answers = decode.decode(small_model(0), [], gen_length=8, block_length=8, steps=8, **IDS)
+    assert answers.shape == (0, 8)
 
 
 def test_prompts_are_those_of_training(toy_folder):
     tokenizer = pt.load_tokenizer(str(toy_folder / "model"))
-    rows = [
-        json.loads(line) for line in (toy_folder / "data" / "train.jsonl").read_text().splitlines()
-    ]
-    trained = torch.load(toy_folder / "train.pt")
-    encoded = decode.encode_prompts(tokenizer, [row["query"] for row in rows])
-    assert encoded == [row["full_ids"][: row["prompt_len"]].tolist() for row in trained]
+    lines = (toy_folder / "data" / "train.jsonl").read_text().splitlines()
+    queries = [json.loads(line)["query"] for line in lines]
+    expected = []
+    for row in torch.load(toy_folder / "train.pt"):
+        expected.append(row["full_ids"][: row["prompt_len"]].tolist())
+    assert decode.encode_prompts(tokenizer, queries) == expected
 
 
-def test_the_command(toy_folder, capsys, monkeypatch):
-    words = ["decode.py", "--model", str(toy_folder / "model"), "--prompt", "What is 2 + 3?"]
-    words += "--gen_length 8 --block_length 4 --steps 4 --logits_eos_inf".split()
-    monkeypatch.setattr(sys, "argv", [*words, "--show"])
-    decode.main()
-    shown = capsys.readouterr().out
-    canvases = re.split(r"--- forward \d\n", shown)[1:]
+def run_command(*words):
+    decode.main(decode.parse_args([str(word) for word in words]))
+
+
+def test_the_command(toy_folder, capsys):
+    size = ["--gen_length", 8, "--block_length", 4, "--steps", 4, "--logits_eos_inf"]
+    model = toy_folder / "model"
+    run_command("--model", model, "--prompt", "What is 2 + 3?", *size, "--show")
+    parts = re.split(r"--- forward pass (\d)\n", capsys.readouterr().out)
+    assert parts[1::2] == ["1", "2", "3", "4"]
+    canvases = parts[2::2]
     assert [canvas.count("\u25a1") for canvas in canvases] == [8, 6, 4, 2]
-    assert set(canvases[1][-4:].strip()) <= {"\u25a1"}  # the second block waits for the first
+    assert canvases[1].endswith("\u25a1" * 4 + "\n")  # the second block waits for the first
+
+
+@pytest.mark.parametrize("script", ["decode.py", "evaluate.py", "grade.py"])
+def test_help_and_wrong_flags_are_answered_before_the_slow_imports(script):
+    """By a Python without any library (-S)."""
+    path = suite.ROOT / "experiments" / script
+    for word, status, message in (("--help", 0, "usage:"), ("--stepz", 2, "error:")):
+        command = [sys.executable, "-S", path, word]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == status
+        assert message in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--prompt x --steps 100", "steps 100 is not divisible by the 8 blocks"),
-        ("--prompt x --device moon", "--device moon cannot be used"),
-        ("--prompt=", "--prompt is empty"),
-        ("--prompt x", "--model none: no tokenizer there"),
+        (["--prompt", "x", "--steps", "100"], "steps 100 is not divisible by the 8 blocks"),
+        (["--prompt", "x", "--seed", "-1"], "--seed -1: must be 0 to 2147483647"),
+        (["--prompt", "x", "--threshold", "2"], "threshold 2.0 must be between 0 and 1"),
+        (["--prompt", "x", "--device", "moon"], "--device moon cannot be used"),
+        (["--prompt="], "--prompt is empty"),
+        (["--prompt", "x"], "--model none: no tokenizer there"),
     ],
 )
-def test_mistakes_end_in_one_message(words, message, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["decode.py", "--model", "none", *words.split()])
+def test_mistakes_end_in_one_message(words, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        decode.main()
-    assert message in f"{ended.value.code} {capsys.readouterr().err}" and ended.value.code
+        run_command("--model", "none", *words)
+    assert message in f"{ended.value.code} {capsys.readouterr().err}"
+    assert ended.value.code
 
 
-def test_a_prompt_that_spells_the_mask_is_refused(toy_folder, monkeypatch):
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["decode.py", "--model", str(toy_folder / "model"), "--prompt", "a <|mdm_mask|>"],
-    )
-    with pytest.raises(SystemExit, match="prompt 1 spells the mask token"):
-        decode.main()
+def test_a_prompt_that_spells_the_mask_is_refused(toy_folder):
+    with pytest.raises(SystemExit, match="prompt 1 contains the mask token"):
+        run_command("--model", toy_folder / "model", "--prompt", "a <|mdm_mask|>")
+
+
+@pytest.mark.parametrize(
+    "device, dtype, expected", [(None, None, "float32"), ("cpu", "bfloat16", "bfloat16")]
+)
+def test_the_dtype_on_a_cpu(device, dtype, expected, capsys, monkeypatch):
+    """float32 by default; bfloat16 where it is slow is warned of, in one line."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(decode, "fast_bfloat16", lambda: False)
+    args = SimpleNamespace(device=device, dtype=dtype)
+    decode.set_device(args)
+    assert (args.device, args.dtype) == ("cpu", expected)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == (1 if expected == "bfloat16" else 0)

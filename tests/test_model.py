@@ -1,5 +1,6 @@
 """LoRA's targets, the merge and the checkpoint."""
 
+import json
 import os
 import shutil
 
@@ -100,12 +101,12 @@ def test_checkpoint_loads_by_itself(trainer, tmp_path):
 
 def test_targets_never_reach_the_head(trainer):
     """`ff_out` names a layer of every block and the LM head (T12)."""
-    trainer.LORA_TARGETS = ["ff_out", "q_proj", "gate_proj"]
+    trainer.TARGET_MODS = ["ff_out", "q_proj", "gate_proj"]
     model = AutoModelForCausalLM.from_pretrained(trainer.MODEL_NAME, trust_remote_code=True)
     expected = {
         f"model.transformer.blocks.{i}.{end}" for i in range(3) for end in ("ff_out", "q_proj")
     }
-    assert set(trainer.match_targets(model)) == expected
+    assert set(trainer.lora_targets(model)) == expected
     trained = {n for n, p in trainer.build_model("cpu").named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 6 and all(
         ".blocks." in name and ".lora_" in name for name in trained
@@ -188,16 +189,18 @@ def test_toy_rotary_attention_depends_on_distance_alone():
 
 
 def loss_and_gradients(trainer, **constants):
-    """Loss and gradients of a batch of two rows, LoRA's dropout on, and the bytes kept for the backward pass."""
+    """Loss and gradients of two rows, and the bytes that the layers keep for the backward pass."""
     for name, value in constants.items():
         setattr(trainer, name, value)
     model, kept = adapted(trainer).train(), {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     examples = trainer.load_examples()
-    draws, numbers, _ = trainer.plan(examples, 1)
+    draws, numbers = trainer.plan(examples, 1)
 
     def pack(tensor):
-        if (storage := tensor.untyped_storage()).data_ptr() not in weights:
+        storage = tensor.untyped_storage()
+        is_logits = tensor.shape[-1:] == (126464,)
+        if not is_logits and storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -217,7 +220,7 @@ def loss_and_gradients(trainer, **constants):
 
 
 def test_activation_checkpointing_changes_memory_alone(trainer):
-    """Bit for bit, dropout included; blocks and loss keep little but their inputs."""
+    """Bit for bit, dropout included; the layers keep little but their inputs."""
     trainer.LORA_DROPOUT = 0.3
     loss, gradients, kept = loss_and_gradients(trainer)
     lean_loss, lean_gradients, lean_kept = loss_and_gradients(
@@ -229,13 +232,48 @@ def test_activation_checkpointing_changes_memory_alone(trainer):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU, torch.compile needs g++")
 def test_compiled_is_the_same_to_rounding(blockwise, monkeypatch):
-    compiled, compile_ = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda part: compiled.append(part) or compile_(part))
+    compiled = []
+    compile_module = torch.nn.Module.compile
+
+    def note(module, *args, **kwargs):
+        compiled.append(module)
+        compile_module(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", note)
     blockwise.LORA_DROPOUT = 0.0
     loss, gradients, kept = loss_and_gradients(blockwise)
-    assert not compiled  # None on a CPU
+    assert not compiled  # COMPILE is False
     fast_loss, fast_gradients, fast_kept = loss_and_gradients(blockwise, COMPILE=True)
-    assert len(compiled) == 4  # three blocks and the loss
+    assert len(compiled) == 3  # the layers
     torch.testing.assert_close(fast_loss, loss, rtol=2e-3, atol=0)
     assert (fast_gradients - gradients).float().norm() < 0.02 * gradients.float().norm()
     assert fast_kept < 0.8 * kept
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "dtype"),
+    [
+        ("cpu", True, torch.bfloat16),
+        ("cpu", False, torch.float32),
+        ("cuda", False, torch.bfloat16),
+    ],
+)
+def test_dtype(trainer, monkeypatch, device, has_bf16, dtype):
+    """A CPU without bf16 arithmetic computes in float32; a GPU never does."""
+    monkeypatch.setattr(trainer.deepspeed.get_accelerator(), "device_name", lambda: device)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    assert trainer.compute_dtype() == dtype
+    assert trainer.ds_config(3)["bf16"]["enabled"] == (dtype == torch.bfloat16)
+    if device == "cpu":
+        weights = trainer.build_model("cpu").get_base_model().get_input_embeddings().weight
+        assert weights.dtype == dtype
+
+
+def test_a_checkpoint_of_a_float32_run_is_bf16(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model = trainer.build_model("cpu")
+    merged = merged_weights(trainer, model, tmp_path)
+    assert all(torch.equal(merged[name], weight) for name, weight in base_weights(trainer).items())
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and "auto_map" in config
+    assert model.get_base_model().get_input_embeddings().weight.dtype == torch.float32

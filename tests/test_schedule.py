@@ -68,11 +68,10 @@ def test_steps_do_not_depend_on_the_ranks(trainer, world_size):
     trainer.TOTAL_TRAIN_STEPS, trainer.MICRO_BSIZE, trainer.GRAD_ACC = None, 4, 2
     trainer.MAX_SAMPLES, trainer.EPOCHS = 100, 2
     examples = examples_with(*[2000] * 101)  # no multiple of anything
-    draws, shares, budget = trainer.plan(examples, world_size)
-    assert budget["steps"] == 100 * 2 // (4 * 2) == len(shares)
-    assert budget["global batch"] == 4 * 2 * world_size
-    assert len(draws) == budget["draws"] == 25 * 8 * world_size
-    config = trainer.ds_config(budget["steps"])
+    draws, shares = trainer.plan(examples, world_size)
+    assert len(shares) == 100 * 2 // (4 * 2)
+    assert len(draws) == shares.size == 25 * 8 * world_size
+    config = trainer.ds_config(len(shares))
     assert config["scheduler"]["params"]["total_num_steps"] == 25
 
 
@@ -80,7 +79,7 @@ def test_steps_do_not_depend_on_the_ranks(trainer, world_size):
 def test_ranks_get_equal_slices_that_together_are_all_draws(trainer, world_size):
     """Fails on the published behaviour (T3): shards of uneven data gave ranks different numbers of batches."""
     trainer.MICRO_BSIZE, trainer.GRAD_ACC, trainer.TOTAL_TRAIN_STEPS = 3, 2, 5
-    draws, shares, _ = trainer.plan(examples_with(*[2000] * 13), world_size)
+    draws, shares = trainer.plan(examples_with(*[2000] * 13), world_size)
     assert shares.shape == (5, 2, world_size, 3)
     assert sorted(shares.flatten()) == list(range(len(draws)))
     for step, share in enumerate(
@@ -96,27 +95,24 @@ def test_early_end(blockwise, world_size):
     blockwise.BLOCK_SIZE, blockwise.MICRO_BSIZE, blockwise.TOTAL_TRAIN_STEPS = 8, 2, 1000
     examples = examples_with(8, 9, 40, 17, 64, 23, 30, 12)
     total = sum(blocks_of(examples, 8))
-    draws, _, budget = blockwise.plan(examples, world_size)
-    assert budget["steps"] == total // (2 * world_size) > 0
-    assert budget["draws left out"] == total % (2 * world_size)
+    draws, shares = blockwise.plan(examples, world_size)
+    assert len(shares) == total // (2 * world_size) > 0
+    assert len(draws) - shares.size == total % (2 * world_size)
     assert max(Counter(map(tuple, draws)).values()) == 1
-    assert (
-        blockwise.ds_config(budget["steps"])["scheduler"]["params"]["total_num_steps"]
-        == budget["steps"]
-    )
 
 
 def test_the_published_defaults():
-    """200 and 300 steps of batch 32, on one GPU and on eight; on eight, blockwise runs out of blocks before."""
+    """200 and 300 steps of batch 32; on eight GPUs, blockwise runs out of blocks before."""
     import train_blockwise
     import train_fullseq
 
     examples = examples_with(*[130] * 200)
     for module, steps in ((train_blockwise, 200), (train_fullseq, 300)):
         assert module.MAX_SAMPLES * module.EPOCHS // (module.MICRO_BSIZE * module.GRAD_ACC) == steps
-    assert train_fullseq.plan(examples, 8)[2]["steps"] == 300
-    assert train_blockwise.plan(examples_with(*[130] * 6400), 1)[2]["steps"] == 200
-    assert train_blockwise.plan(examples_with(*[130] * 6400), 8)[2]["steps"] == 6400 * 5 // 256
+    answers = examples_with(*[130] * 6400)
+    assert len(train_fullseq.plan(examples, 8)[1]) == 300
+    assert len(train_blockwise.plan(answers, 1)[1]) == 200
+    assert len(train_blockwise.plan(answers, 8)[1]) == 6400 * 5 // 256
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 9, 10, 200])
@@ -159,25 +155,18 @@ def test_the_published_optimizer_settings(trainer):
 
 
 def test_examples_are_cut_dropped_and_counted(trainer, tmp_path):
-    trainer.PT_FILE, trainer.MAX_LEN, trainer.MAX_SAMPLES = str(tmp_path / "rows.pt"), 10, 4
-    lengths = [
-        (3, 8),
-        (3, 12),
-        (10, 12),
-        (5, 5),
-        (2, 9),
-    ]  # the third has no answer within 10 tokens, the fourth none
-    torch.save(
-        [{"prompt_len": p, "full_ids": torch.arange(n)} for p, n in lengths], trainer.PT_FILE
-    )
+    trainer.DATA_PT, trainer.MAX_LEN, trainer.MAX_SAMPLES = str(tmp_path / "rows.pt"), 10, 4
+    # The third has no answer within 10 tokens, the fourth none, the fifth is beyond MAX_SAMPLES
+    lengths = [(3, 8), (3, 12), (10, 12), (5, 5), (2, 9)]
+    rows = [{"prompt_len": p, "full_ids": torch.arange(n)} for p, n in lengths]
+    torch.save(rows, trainer.DATA_PT)
     trainer.TOTAL_TRAIN_STEPS, trainer.MICRO_BSIZE = 1, 2
-    draws, _, budget = trainer.plan(trainer.load_examples(), 1)
-    assert sorted(draws[:, 0].tolist()) == [
-        0,
-        1,
-    ]  # numbers of rows, of which those without an answer are never drawn
-    assert [len(ids) for _, ids in trainer.load_examples()] == [8, 10, 10, 5]
-    assert (budget["samples"], budget["samples without an answer"]) == (2, 2)
+    examples = trainer.load_examples()
+    draws, numbers = trainer.plan(examples, 1)
+    assert sorted(draws[:, 0].tolist()) == [0, 1]  # numbers of rows
+    assert [len(ids) for _, ids in examples] == [8, 10, 10, 5]
+    budget = trainer.describe_run(examples, draws, numbers)["budget"]
+    assert (budget["samples"], budget["samples_without_answer"]) == (2, 2)
 
 
 def test_batches_hold_what_was_drawn(trainer):
