@@ -18,7 +18,6 @@ Shapes: B rows, L tokens per row, V vocabulary.
 
 import argparse
 import gc
-import json
 import os
 import shutil
 import sys
@@ -81,6 +80,7 @@ import deepspeed
 import numpy as np
 import suite  # noqa: F401 (the trainers are one folder up)
 import torch
+from files import write_json
 from torch.nn.functional import cross_entropy
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
@@ -331,7 +331,7 @@ def report(args, result):
         figures = ", ".join(f"{key} {row[key]:.4g}" for key in numbers)
         print(f"{name}: {row.get('error', figures)}")
     if args.output:
-        Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.output, result)
         print(f"wrote {args.output}")
 
 

@@ -9,12 +9,11 @@ import bench_decode
 import numpy as np
 import pytest
 import torch
-from conftest import SUITE
-from suite import user_environment
+from suite import ROOT, user_environment
 from toy_llada.configuration_llada import LLaDAConfig
 from toy_llada.modeling_llada import LLaDAModelLM
 
-SCRIPT = SUITE / "experiments" / "bench.py"
+SCRIPT = ROOT / "experiments" / "bench.py"
 VOCABULARY = 100  # ids; the last is [MASK]
 TINY = "--device cpu --batch 2 --length 64 --lora_rank 4".split()
 NUMBERS = "loss flops step_seconds tokens_per_second matrix_share peak_bytes speedup memory_ratio"
