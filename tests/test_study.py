@@ -68,53 +68,38 @@ def start(base, output):
     )
 
 
-def finish(process):
-    printed, _ = process.communicate(timeout=200)
-    assert process.returncode == 0 and "Traceback" not in printed, printed
-    return printed
-
-
-def timeless(path):
-    """The lines of a results.csv without the columns of seconds."""
-    rows = read_results(path)
-    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
-
-
 def read_results(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def test_a_study_that_is_killed_is_resumed(base, tmp_path):
-    """Killed, but not its trainers, after one has begun, and started again: as if never killed."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    killed = start(base, one)
-    deadline = time.time() + 120
-    while not list(one.glob("*/ckpt_logs/train_loss.csv")):
+    """Killed, but not its trainers, after one of them has begun, and started again."""
+    output = tmp_path / "study"
+    killed = start(base, output)
+    deadline = time.time() + 200
+    while not list(output.glob("*/ckpt_logs/train_loss.csv")):
         assert killed.poll() is None and time.time() < deadline
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert "3 runs" in finish(start(base, one))
-    printed = finish(start(base, two))
-    assert re.search(r"equal-tokens +\| fullseq +\|", printed), printed
 
-    rows = timeless(two / "results.csv")
-    assert timeless(one / "results.csv") == rows
+    resumed = start(base, output)
+    printed, _ = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0 and "Traceback" not in printed, printed
+    assert "3 runs, 2 at a time" in printed
+    assert re.search(r"equal-tokens +\| fullseq +\|", printed), printed
+    rows = read_results(output / "results.csv")
     steps = [(row["method"], row["train_steps"]) for row in rows]
     assert steps == [("base", ""), ("blockwise", "4"), ("fullseq", "1")]
-    supervised = [int(row["supervised_tokens"]) for row in rows[1:]]
-    assert all(0 < number < 100 for number in supervised)
-    generations = list(two.glob("*/gen*/generations.jsonl"))
-    assert len(generations) == 3
-    for path in generations:
-        assert answers(path) == answers(one / path.relative_to(two))
-    assert (two / "equal-tokens.png").read_bytes()[1:4] == b"PNG"
-
-
-def answers(path):
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [(record["index"], record["text"]) for record in records]
+    for row in rows:
+        assert row["accuracy"] == "0.0" and row["count"] == "6"  # the weights are random
+    for run in output.glob("*-seed1-*"):
+        names = sorted(path.name for path in run.iterdir() if path.name.startswith("ckpt"))
+        assert names[0] == "ckpt_logs" and len(names) == 2  # each was trained once
+        losses = read_results(run / "ckpt_logs" / "train_loss.csv")
+        assert [int(row["step"]) for row in losses] == list(range(1, 1 + len(losses)))
+    assert (output / "equal-tokens.png").read_bytes()[1:4] == b"PNG"
 
 
 # ----------------------------------------------------------------------------------------- planning
