@@ -476,11 +476,11 @@ def threads(args):
 
 
 def begin_worker(parent, count):
-    """Prepare a process of the pool: it ends when the study is killed, and uses `count` threads."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the study, which ends this one
+    """Prepare a process of the pool: it ends when the study does, and uses `count` threads."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, and its trainer too
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.getppid() != parent:  # it was killed before this call
+    if os.getppid() != parent:  # the study was killed before this call
         os._exit(1)
     torch.set_num_threads(count)
 
