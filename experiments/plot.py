@@ -1,9 +1,11 @@
 """Figures as PNG: loss curves of training runs, and the accuracies of studies.
 
-    python experiments/plot.py losses ckpts_stagewise_sft_32_logs/train_loss.csv ckpts_fullseq_sft_logs/train_loss.csv
+    python experiments/plot.py losses ckpts_stagewise_sft_32_logs/train_loss.csv \\
+        ckpts_fullseq_sft_logs/train_loss.csv
     python experiments/plot.py studies experiments/runs/study/results.csv --output figures
 
-Losses are drawn raw and smoothed: the mean over --smooth steps, which t, drawn anew for each row, makes necessary.
+Losses are drawn raw and smoothed. A raw loss says little, as t is drawn anew for each row: the
+smoothed one is the mean over --smooth steps.
 """
 
 import argparse
@@ -13,41 +15,64 @@ import os
 import sys
 from itertools import product
 
-import matplotlib
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (tables in any statistics book)
+T_975 = [
+    *[12.706, 4.303, 3.182, 2.776, 2.571],
+    *[2.447, 2.365, 2.306, 2.262, 2.228],
+    *[2.201, 2.179, 2.160, 2.145, 2.131],
+]
+COLUMNS = ("study", "method", "setting", "block_length", "tokens_per_step", "accuracy")
+SOURCES = "give a CSV that a training run or a study wrote"
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    losses = kinds.add_parser("losses", help="of train_loss.csv files")
+    losses.add_argument("csv", nargs="+", help="train_loss.csv of a run")
+    losses.add_argument("--output", default="losses.png", help="file (%(default)s)")
+    losses.add_argument("--smooth", type=int, default=10, help="steps (%(default)s)")
+    studies = kinds.add_parser("studies", help="of a results.csv")
+    studies.add_argument("csv", help="results.csv of study.py")
+    studies.add_argument("--output", default=".", help="folder, one PNG per study (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.kind == "losses" and args.smooth < 1:
+        parser.error(f"--smooth {args.smooth}: must be at least 1")
+    return args
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a wrong flag answer at once
+    ARGS = parse_args(sys.argv[1:])
+
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-matplotlib.use("Agg")  # files, no window
-
-from matplotlib import pyplot
-
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (tables in any statistics book)
-T_975 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-)
+# --------------------------------------------------------------------------------------- numbers
 
 
 def mean_interval(values):
-    """The mean and half its 95 % interval, Student's; nan for a single value."""
-    count, mean = len(values), sum(values) / len(values)
+    """The mean, and half the width of its 95 % interval (Student's); nan for a single value."""
+    count = len(values)
+    mean = sum(values) / count
     if count < 2:
         return mean, math.nan
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    quantile = T_975[count - 2] if count - 2 < len(T_975) else 1.96 + 2.4 / (count - 1)
+    freedom = count - 1
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / freedom)
+    quantile = T_975[freedom - 1] if freedom <= len(T_975) else 1.96 + 2.4 / freedom
     return mean, quantile * deviation / math.sqrt(count)
+
+
+def smoothed(values, width):
+    """The mean of each value and the width - 1 before it; of fewer at the beginning."""
+    means = []
+    for end in range(1, len(values) + 1):
+        window = values[max(0, end - width) : end]
+        means.append(sum(window) / len(window))
+    return means
 
 
 def read_csv(path, columns):
@@ -60,141 +85,132 @@ def read_csv(path, columns):
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(
-            f"{path} cannot be read ({error}); give a CSV that a training run or a study wrote"
-        )
-    if missing := [column for column in columns if not rows or rows[0].get(column) is None]:
-        sys.exit(
-            f"{path} has no lines, or no column {missing[0]}; give a CSV that a training run or a study wrote"
-        )
+        sys.exit(f"{path} cannot be read ({error}); {SOURCES}")
+    if not rows:
+        sys.exit(f"{path} has no lines; {SOURCES}")
+    for column in columns:
+        if rows[0].get(column) is None:
+            sys.exit(f"{path} has no column {column}; {SOURCES}")
     return rows
 
 
 def numbers(path, rows, column):
-    """A column as floats. Raises SystemExit for what is no number."""
+    """A column as floats.
+
+    Raises:
+        SystemExit: if one of them is no number.
+    """
+    values = []
     for line, row in enumerate(rows, start=2):
         try:
-            float(row[column])
+            values.append(float(row[column]))
         except (TypeError, ValueError):
             sys.exit(f"{path}: line {line} has {column} {row[column]!r}, which is no number")
-    return [float(row[column]) for row in rows]
+    return values
 
 
-def smoothed(values, width):
-    """The mean of each value and those before it, `width` in all, fewer at the beginning."""
-    windows = (values[max(0, end - width) : end] for end in range(1, len(values) + 1))
-    return [sum(window) / len(window) for window in windows]
+# --------------------------------------------------------------------------------------- figures
 
 
 def save(figure, path):
-    """Write a figure, which appears only when whole; returns its path. Raises SystemExit if that fails."""
+    """Write a figure, which appears only when it is whole; returns its path.
+
+    Raises:
+        SystemExit: if it cannot be written.
+    """
     try:
         figure.savefig(f"{path}.partial", dpi=150, bbox_inches="tight", format="png")
         os.replace(f"{path}.partial", path)
     except OSError as error:
         sys.exit(f"{path} cannot be written ({error.strerror}); give another --output")
-    pyplot.close(figure)
     return path
 
 
 def draw_losses(paths, output, smooth):
-    """One PNG with the loss curves of `paths`, each named by its folder."""
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    """Write one PNG with the loss curves of `paths`, each named after its folder; returns it."""
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     for number, path in enumerate(tqdm(paths, unit=" curves", desc="plot")):
         rows = read_csv(path, ("step", "loss"))
-        steps, losses = numbers(path, rows, "step"), numbers(path, rows, "loss")
+        steps = numbers(path, rows, "step")
+        losses = numbers(path, rows, "loss")
         name = os.path.basename(os.path.dirname(os.path.abspath(path))).removesuffix("_logs")
         axes.plot(steps, losses, color=f"C{number}", alpha=0.25, linewidth=0.8)
         axes.plot(steps, smoothed(losses, smooth), color=f"C{number}", label=name)
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy of masked tokens (nats per token)")
-    axes.set_title(f"raw and mean of {smooth} steps", fontsize="medium")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("cross-entropy of masked tokens (nats per token)")
+    axes.set_title(f"raw, and mean of {smooth} steps", fontsize="medium")
     axes.legend()
     return save(figure, output)
 
 
 def draw_studies(rows, folder):
-    """A PNG for each study in `rows` (of results.csv), a panel for each way of decoding: accuracy by setting.
-
-    Points are means with 95 % intervals over the seeds, with every seed beside them; a dashed line is the base.
-    """
+    """Write a PNG for each study in `rows`, the lines of results.csv; returns their paths."""
     paths = []
     for study in dict.fromkeys(row["study"] for row in rows):
-        own = [row for row in rows if row["study"] == study]
-        labels = list(dict.fromkeys(label(row) for row in own if row["method"] != "base"))
-        blocks, tokens = (
-            sorted({int(row[name]) for row in own}) for name in ("block_length", "tokens_per_step")
-        )
-        size = (len(tokens) * (1.1 + 0.75 * len(labels)), 2.8 * len(blocks))
-        figure, panels = pyplot.subplots(
-            len(blocks), len(tokens), figsize=size, squeeze=False, layout="constrained"
-        )
-        for axes, way in zip(panels.flat, product(blocks, tokens), strict=True):
-            draw_panel(
-                axes,
-                [
-                    row
-                    for row in own
-                    if (int(row["block_length"]), int(row["tokens_per_step"])) == way
-                ],
-                labels,
-            )
-            axes.set_title("decoding block {}, {} tokens a step".format(*way), fontsize="small")
-        figure.supylabel("accuracy (%)", fontsize="medium")
-        figure.suptitle(study, fontsize="medium")
+        figure = draw_study(study, [row for row in rows if row["study"] == study])
         paths.append(save(figure, os.path.join(folder, f"{study}.png")))
     return paths
 
 
+def draw_study(study, rows):
+    """A figure of one study's `rows`, with a panel for each way of decoding."""
+    labels = list(dict.fromkeys(label(row) for row in rows if row["method"] != "base"))
+    block_lengths = sorted({way_of(row)[0] for row in rows})
+    tokens_per_step = sorted({way_of(row)[1] for row in rows})
+    width = len(tokens_per_step) * (1.1 + 0.75 * len(labels))
+    height = 2.8 * len(block_lengths)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(len(block_lengths), len(tokens_per_step), squeeze=False)
+    ways = product(block_lengths, tokens_per_step)
+    for axes, way in zip(panels.flat, ways, strict=True):
+        draw_panel(axes, [row for row in rows if way_of(row) == way], labels)
+        title = "decoding block {}, {} tokens per step".format(*way)
+        axes.set_title(title, fontsize="small")
+    figure.supylabel("accuracy (%)", fontsize="medium")
+    figure.suptitle(study, fontsize="medium")
+    return figure
+
+
+def way_of(row):
+    """A way of decoding: block length and tokens per step."""
+    return int(row["block_length"]), int(row["tokens_per_step"])
+
+
 def label(row):
-    return f"{row['method']}\n{row['setting'].replace('=', chr(10))}".strip()
+    """A setting's name below its points, on several lines."""
+    return f"{row['method']}\n{row['setting']}".replace("=", "\n").strip()
 
 
 def draw_panel(axes, rows, labels):
-    """One way of decoding: for each of `labels` the mean, its interval and every seed; the base as a dashed line."""
+    """One way of decoding: the mean, 95 % interval and seeds of each label; the base dashed."""
     for row in rows:
         if row["method"] == "base":
-            axes.axhline(100 * float(row["accuracy"]), color="grey", linestyle="--", linewidth=0.9)
+            accuracy = 100 * float(row["accuracy"])
+            axes.axhline(accuracy, color="grey", linestyle="--", linewidth=0.9)
     for place, text in enumerate(labels):
         values = [100 * float(row["accuracy"]) for row in rows if label(row) == text]
-        if values:
-            mean, half = mean_interval(values)
-            axes.errorbar(
-                place, mean, 0 if math.isnan(half) else half, fmt="o", color=f"C{place}", capsize=4
-            )
-            axes.plot(
-                [place + 0.15] * len(values),
-                values,
-                ".",
-                color=f"C{place}",
-                alpha=0.5,
-                markersize=4,
-            )
+        if not values:
+            continue
+        mean, half = mean_interval(values)
+        bar = 0 if math.isnan(half) else half
+        color = f"C{place}"
+        axes.errorbar(place, mean, bar, fmt="o", color=color, capsize=4)
+        beside = [place + 0.15] * len(values)
+        axes.plot(beside, values, ".", color=color, alpha=0.5, markersize=4)
     axes.set_xticks(range(len(labels)), labels, fontsize="xx-small")
     axes.set_xlim(-0.5, len(labels) - 0.5)
     axes.tick_params(axis="y", labelsize="x-small")
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    losses = kinds.add_parser("losses", help="of train_loss.csv files")
-    losses.add_argument("csv", nargs="+", help="train_loss.csv of a run")
-    losses.add_argument("--output", default="losses.png", help="file (%(default)s)")
-    losses.add_argument("--smooth", type=int, default=10, help="steps (%(default)s)")
-    studies = kinds.add_parser("studies", help="of a results.csv")
-    studies.add_argument("csv", help="results.csv of study.py")
-    studies.add_argument("--output", default=".", help="folder for a PNG a study (%(default)s)")
-    args = parser.parse_args()
+# ------------------------------------------------------------------------------------------ main
+
+
+def main(args):
     if args.kind == "losses":
-        if args.smooth < 1:
-            parser.error(f"--smooth {args.smooth}: must be at least 1")
         print(f"wrote {draw_losses(args.csv, args.output, args.smooth)}")
         return
-    rows = read_csv(
-        args.csv, ("study", "method", "setting", "block_length", "tokens_per_step", "accuracy")
-    )
+    rows = read_csv(args.csv, COLUMNS)
     for column in ("block_length", "tokens_per_step", "accuracy"):
         numbers(args.csv, rows, column)
     try:
@@ -205,4 +221,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGS)

@@ -1,65 +1,49 @@
 """The paper's comparisons, over several seeds, through the trainers themselves.
 
-    python experiments/study.py                                     # all of them on the toy: an hour on 2 cores
+    python experiments/study.py                             # all of them on the toy: see README.md
     python experiments/study.py equal-compute equal-tokens --seeds 3
-    python experiments/study.py prefix --model GSAI-ML/LLaDA-8B-Instruct --data MATH.jsonl --test math500 --num_gpus 8
+    python experiments/study.py prefix --num_gpus 8 --model GSAI-ML/LLaDA-8B-Instruct \\
+        --data MATH.jsonl --test math500
 
-    equal-compute   the same steps and rows a step            equal-tokens   the same number of supervised tokens
-    block-size      training block x decoding block           prefix         PREFIX_MASK_RATE 0, 0.1, 0.2, 0.5
-    suffix          SUFFIX_MASK_PROB 1, 0.5, 0                padding        MASK_PADDING False, True
+A study compares settings of the trainers with each other and with the base model. Every setting is
+trained once per seed (a run), and every run is evaluated in several ways of decoding. Without
+--model the base and the task are those of chains.py.
 
-Without --model it makes a base of its own, see experiments/chains.py. OUTPUT/results.csv has one line for each
-study, method, setting, seed and way of decoding; figures are drawn beside it. A study that was stopped goes on with
-the same command; what several studies share is trained once.
+OUTPUT/results.csv has one line per study, setting, seed and way of decoding; figures are drawn next
+to it. To resume a study that was stopped, give the same command again. Studies share runs: what is
+there with the same constants, model and data is not trained again. Give another --output after
+changing the code of a trainer.
 """
 
 import argparse
+import ast
 import csv
 import ctypes
 import fcntl
+import io
 import json
+import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from functools import partial
-from glob import escape, glob
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from pathlib import Path
 
-import torch
-from tqdm import tqdm
-from transformers import logging
-
-EXPERIMENTS = os.path.dirname(os.path.abspath(__file__))
-SUITE = os.path.dirname(EXPERIMENTS)
-sys.path[:0] = [EXPERIMENTS, SUITE]
-
-import chains
-import evaluate
-import plot
-import toy
-
-import train_blockwise
-import train_fullseq
-
-STUDIES = ("equal-compute", "equal-tokens", "block-size", "prefix", "suffix", "padding")
-TRAINERS = {"blockwise": train_blockwise, "fullseq": train_fullseq}
-COLUMNS = (
-    "study method setting seed block_length tokens_per_step gen_length accuracy exact_match count "
-    "loss supervised_tokens train_steps seconds decoding_seconds model"
-).split()
-# What is not given: the paper's, or the toy's
-PAPER = {
-    "steps": 200,
-    "block_size": 32,
-    "block_sizes": [8, 32, 128],
-    "gen_length": 256,
-    "tokens_per_step": [2],
+STUDIES = {  # what `compared` makes of them: below
+    "equal-compute": "both methods, the same steps and rows per step",
+    "equal-tokens": "both methods, the same number of supervised tokens",
+    "block-size": "training blocks x decoding blocks",
+    "prefix": "PREFIX_MASK_RATE 0, 0.1, 0.2, 0.5",
+    "suffix": "SUFFIX_MASK_PROB 1, 0.5, 0",
+    "padding": "MASK_PADDING False, True, both methods",
 }
+
+# What holds if no flag says otherwise: on the toy, and as in the paper if --model is given
 TOY = {
     "steps": 400,
     "block_size": 16,
@@ -67,7 +51,6 @@ TOY = {
     "gen_length": 64,
     "tokens_per_step": [2, 4, 8],
 }
-PAPER_CONSTANTS = {"MAX_SAMPLES": 20000}  # of both methods: as many rows as pt.py keeps
 TOY_CONSTANTS = {
     "MICRO_BSIZE": 16,
     "LR": 1e-3,
@@ -75,178 +58,291 @@ TOY_CONSTANTS = {
     "MAX_LEN": 112,
     "MAX_SAMPLES": 8000,
 }
+PAPER = {
+    "steps": 200,
+    "block_size": 32,
+    "block_sizes": [8, 32, 128],
+    "gen_length": 256,
+    "tokens_per_step": [2],
+}
+PAPER_CONSTANTS = {"MAX_SAMPLES": 20000}  # as many rows as pt.py keeps
+
+PLACES = ("MODEL_NAME", "DATA_PT", "CKPT_DIR")  # constants that do not change a run's result
+OWN = (*PLACES, "MODEL_REVISION", "SEED", "TOTAL_TRAIN_STEPS", "BLOCK_SIZE", "SAVE_EVERY")
+COLUMNS = (  # of results.csv
+    "study method setting seed block_length tokens_per_step gen_length accuracy exact_match count "
+    "loss supervised_tokens train_steps seconds decoding_seconds model"
+).split()
+
+# ----------------------------------------------------------------------------------------- flags
 
 
 def parse_args(argv):
+    listing = "\n".join(f"    {name:16}{content}" for name, content in STUDIES.items())
     parser = argparse.ArgumentParser(
-        description=__doc__,
+        description=f"{__doc__}\nstudies:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"{', '.join(STUDIES)} (all)")
     parser.add_argument(
-        "--output", default=os.path.join(EXPERIMENTS, "runs", "study"), help="(%(default)s)"
+        "--output",
+        default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "runs", "study"),
+        help="folder (%(default)s)",
     )
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each setting (%(default)s)")
-    parser.add_argument("--model", help="base model, hub id or folder (a toy)")
-    parser.add_argument("--data", help="what to train on: pt.py's --dataset (the toy's)")
-    parser.add_argument("--test", help="what to evaluate on: evaluate.py's --dataset (the toy's)")
-    parser.add_argument("--steps", type=int, help="optimizer steps (toy 400, else 200)")
-    parser.add_argument("--block_size", type=int, help="training block, tokens (toy 16, else 32)")
-    parser.add_argument(
-        "--block_sizes",
-        type=int,
-        nargs="+",
-        help="those of block-size (toy 8 16 32, else 8 32 128)",
-    )
-    parser.add_argument("--gen_length", type=int, help="of an answer (toy 64, else 256)")
-    parser.add_argument(
-        "--tokens_per_step", type=int, nargs="+", help="committed per forward (toy 2 4 8, else 2)"
-    )
-    parser.add_argument("--limit", type=int, help="test problems (all)")
-    parser.add_argument(
-        "--batch_size", type=int, default=100, help="answers decoded at a time (%(default)s)"
-    )
-    parser.add_argument(
-        "--constants", nargs="+", default=[], metavar="NAME=VALUE", help="of all training runs"
-    )
-    parser.add_argument(
-        "--num_gpus", type=int, default=1, help="of each run, through the launcher (%(default)s)"
-    )
-    jobs = 1 if torch.cuda.is_available() else os.cpu_count()
-    parser.add_argument(
-        "--jobs", type=int, default=jobs, help="runs at a time (one, or one a core: %(default)s)"
-    )
-    parser.add_argument(
-        "--remove_checkpoints",
-        action="store_true",
-        help="of runs that are evaluated; 16 GB each at 8B",
-    )
-    return check_args(parser, parser.parse_args(argv))
-
-
-def check_args(parser, args):
-    """`args` with what is not given; ends with a message if something cannot be."""
-    if unknown := [study for study in args.studies if study not in STUDIES]:
-        parser.error(f"{unknown[0]}: no study; give some of {', '.join(STUDIES)}")
-    for name in (
-        "seeds",
-        "steps",
-        "block_size",
-        "gen_length",
-        "limit",
-        "batch_size",
-        "num_gpus",
-        "jobs",
-    ):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    if (
-        given := [f"--{name}" for name in ("model", "data", "test") if getattr(args, name)]
-    ) and len(given) < 3:
-        parser.error(
-            f"{', '.join(given)} alone: a base of your own needs --model, --data and --test"
-        )
-    for name, value in (PAPER if args.model else TOY).items():
+    add_task_flags(parser)
+    add_run_flags(parser)
+    args = parser.parse_args(argv)
+    defaults = PAPER if args.model else TOY
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if wrong := [
-        length
-        for length in {args.block_size, *args.block_sizes}
-        if length < 1 or args.gen_length % length
-    ]:
-        parser.error(
-            f"--gen_length {args.gen_length} is not divisible by the block of {wrong[0]} tokens"
-        )
-    if wrong := [number for number in args.tokens_per_step if number < 1]:
-        parser.error(f"--tokens_per_step {wrong[0]}: must be at least 1")
-    args.studies = args.studies or STUDIES
-    for name in ("studies", "block_sizes", "tokens_per_step"):  # each once
-        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    check_args(parser, args)
+    args.output = Path(args.output).absolute()
+    if args.model and os.path.isdir(args.model):
+        args.model = os.path.abspath(args.model)  # each trainer runs in the folder of its run
+    args.studies = args.studies or list(STUDIES)
+    for name in ("studies", "block_sizes", "tokens_per_step"):
+        each_once = list(dict.fromkeys(getattr(args, name)))
+        setattr(args, name, each_once)
     constants = PAPER_CONSTANTS if args.model else TOY_CONSTANTS
     args.constants = constants | read_constants(parser, args.constants)
     return args
 
 
+def defaults_of(name):
+    """The default values of a flag, for its help text."""
+    toy, paper = (str(values[name]).strip("[]").replace(",", "") for values in (TOY, PAPER))
+    return f"toy: {toy}, else: {paper}"
+
+
+def add_task_flags(parser):
+    """Add the flags on what is trained and evaluated."""
+    parser.add_argument("--model", help="base model, hub id or folder (the toy's)")
+    parser.add_argument("--data", help="training data, as pt.py's --dataset (the toy's)")
+    parser.add_argument("--test", help="test problems, as evaluate.py's --dataset (the toy's)")
+    parser.add_argument("--limit", type=int, help="use only the first test problems (all)")
+    parser.add_argument("--steps", type=int, help=f"optimizer steps ({defaults_of('steps')})")
+    parser.add_argument(
+        "--block_size", type=int, help=f"training block, tokens ({defaults_of('block_size')})"
+    )
+    parser.add_argument(
+        "--block_sizes",
+        type=int,
+        nargs="+",
+        help=f"those of block-size ({defaults_of('block_sizes')})",
+    )
+    parser.add_argument(
+        "--gen_length", type=int, help=f"tokens per answer ({defaults_of('gen_length')})"
+    )
+    parser.add_argument(
+        "--tokens_per_step",
+        type=int,
+        nargs="+",
+        help=f"committed per forward pass ({defaults_of('tokens_per_step')})",
+    )
+    parser.add_argument(
+        "--constants",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="constants of the trainers, for all runs",
+    )
+
+
+def add_run_flags(parser):
+    """Add the flags on how the runs are done."""
+    parser.add_argument("--seeds", type=int, default=5, help="runs per setting (%(default)s)")
+    parser.add_argument(
+        "--batch_size", type=int, default=100, help="answers decoded at a time (%(default)s)"
+    )
+    parser.add_argument(
+        "--num_gpus", type=int, default=1, help="per run, through the launcher (%(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="runs at a time (1 on a GPU, otherwise one per core)"
+    )
+    parser.add_argument(
+        "--remove_checkpoints",
+        action="store_true",
+        help="of runs that have been evaluated; 16 GB each at 8B",
+    )
+
+
+def check_args(parser, args):
+    """End with the parser's message if a flag is out of range, or flags do not fit together."""
+    for study in args.studies:
+        if study not in STUDIES:
+            parser.error(f"{study}: no study; give some of {', '.join(STUDIES)}")
+    names = "seeds steps block_size gen_length limit batch_size num_gpus jobs"
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value}: must be at least 1")
+    for name in ("block_sizes", "tokens_per_step"):
+        for value in getattr(args, name):
+            if value < 1:
+                parser.error(f"--{name} {value}: must be at least 1")
+    given = [f"--{name}" for name in ("model", "data", "test") if getattr(args, name)]
+    if 0 < len(given) < 3:
+        parser.error(f"{', '.join(given)} alone: another base needs --model, --data and --test")
+    for block in [args.block_size, *args.block_sizes]:
+        if args.gen_length % block:
+            parser.error(
+                f"--gen_length {args.gen_length} is not divisible by the block of {block} tokens"
+            )
+
+
 def read_constants(parser, words):
-    """{NAME: text} of NAME=VALUE; what belongs to a study or to its bookkeeping is refused."""
-    own = {
-        "SEED",
-        "CKPT_DIR",
-        "PT_FILE",
-        "MODEL_NAME",
-        "TOTAL_TRAIN_STEPS",
-        "BLOCK_SIZE",
-        "SAVE_EVERY",
-    }
+    """{NAME: text} of NAME=VALUE words; ends with the parser's message if one cannot be given."""
     constants = {}
     for word in words:
-        name, equals, value = word.partition("=")
-        if (
-            not equals
-            or name in own
-            or not all(name in trainer.CONSTANTS for trainer in TRAINERS.values())
-        ):
-            parser.error(
-                f"--constants {word}: not NAME=VALUE of a constant of both trainers that no study sets"
-            )
-        constants[name] = value
+        name, equals, text = word.partition("=")
+        if not equals:
+            parser.error(f"--constants {word}: must be NAME=VALUE")
+        if name in OWN:
+            parser.error(f"--constants {word}: the studies set {name} themselves")
+        constants[name] = text
     return constants
 
 
-# ---------------------------------------------------------------------------- what there is to do
+if __name__ == "__main__":  # before the slow imports: --help and a wrong flag answer at once
+    ARGS = parse_args(sys.argv[1:])
+
+import chains
+import evaluate
+import plot
+import suite
+import torch
+from files import digest, file_digest, write_json, write_text
+from tqdm import tqdm
+from transformers import logging
+
+import train_blockwise
+import train_fullseq
+
+TRAINERS = {"blockwise": train_blockwise, "fullseq": train_fullseq}
 
 
-def make_cell(args, lengths, study, method, setting="", blocks=None, **changed):
-    """One setting of a study: its constants, and the blocks to decode with (None: `args.block_size`)."""
-    largest = max(args.block_sizes) if study == "block-size" else args.block_size
-    constants = {"TOTAL_TRAIN_STEPS": min(args.steps, available_steps(args, lengths, largest))}
-    if method == "blockwise":
-        constants["BLOCK_SIZE"] = args.block_size
-    named = {
-        "study": study,
-        "method": method,
-        "setting": setting,
-        "blocks": blocks or [args.block_size],
-    }
-    return named | {"constants": constants | changed}
+def check_constants(constants):
+    """End with a message if a value is not one that all trainers take."""
+    problems = []
+    for trainer in TRAINERS.values():
+        before = {name: getattr(trainer, name) for name in trainer.CONSTANTS}
+        for name, value in constants.items():
+            if name in trainer.CONSTANTS:
+                trainer.read_overrides([f"--{name}={value}"])
+            else:
+                problems.append(f"{name}: no constant of {os.path.basename(trainer.__file__)}")
+        problems += trainer.check_constants()
+        vars(trainer).update(before)
+    if problems:
+        sys.exit("\n".join(f"--constants {problem}" for problem in dict.fromkeys(problems)))
 
 
-def make_cells(args, lengths):
-    """The settings of all studies: dicts of study, method, setting, constants and the blocks to decode with.
+def number(args, name):
+    """The value of one of the trainers' constants that is a number."""
+    given = args.constants.get(name, getattr(train_blockwise, name))
+    return ast.literal_eval(str(given))
 
-    `lengths` are those of the answers to train on. Within a study all runs but equal-tokens' take the same steps.
+
+# --------------------------------------------------------------------- what all runs have in common
+
+
+def prepare(args):
+    """Make what all runs need in `args.output`: the toy, unless a base is given, and the .pt file.
+
+    Returns:
+        a dict: `model` and `test` are what evaluate.py takes. `name` is the model's in results.csv.
+        `constants` are those of all training runs. `identity` is a digest of what else decides a
+        training, `decoding` one of what else decides an evaluation. `lengths` are the tokens of
+        each answer to train on.
     """
-
-    cell = partial(make_cell, args, lengths)
-
-    def vary(study, name, values, methods=("blockwise",), blocks=None):
-        pairs = product(methods, values)
-        return [
-            cell(study, method, f"{name}={value}", blocks, **{name: value})
-            for method, value in pairs
-        ]
-
-    blockwise = cell("equal-tokens", "blockwise")
-    fewer = equal_token_steps(blockwise["constants"]["TOTAL_TRAIN_STEPS"], lengths, args.block_size)
-    made = {
-        "equal-compute": [cell("equal-compute", method) for method in TRAINERS],
-        "equal-tokens": [blockwise, cell("equal-tokens", "fullseq", TOTAL_TRAIN_STEPS=fewer)],
-        "block-size": vary("block-size", "BLOCK_SIZE", args.block_sizes, blocks=args.block_sizes)
-        + [cell("block-size", "fullseq", blocks=args.block_sizes)],
-        "prefix": vary("prefix", "PREFIX_MASK_RATE", (0.0, 0.1, 0.2, 0.5)),
-        "suffix": vary("suffix", "SUFFIX_MASK_PROB", (1.0, 0.5, 0.0)),
-        "padding": vary("padding", "MASK_PADDING", (False, True), methods=TRAINERS),
+    model, data, test = args.model, args.data, args.test
+    if model is None:
+        base = args.output / "base"
+        if not (base / "model").exists():
+            chains.build(base, wide=False)
+        model = str(base / "model")
+        data = str(base / "data" / "train.jsonl")
+        test = str(base / "data" / "test.jsonl")
+    problems = evaluate.load_problems(test, args.limit)
+    config, _ = evaluate.load_config(model, "main")
+    contents = evaluate.model_identity(model, config)
+    pt_file = preprocess(args, model, data, contents)
+    constants = {
+        "MODEL_NAME": model,
+        "DATA_PT": str(pt_file),
+        "MASK_ID": getattr(config, "mask_token_id", train_blockwise.MASK_ID),
     }
-    base = [cell(study, "base", blocks=made[study][-1]["blocks"]) for study in args.studies]
-    return base + [cell for study in args.studies for cell in made[study]]
+    return {
+        "model": model,
+        "test": test,
+        "name": f"{os.path.basename(model)}-{digest(contents)[:8]}",
+        "constants": constants | args.constants,
+        "identity": digest(contents, file_digest(pt_file)),
+        "decoding": digest(json.dumps([problems, args.batch_size]))[:8],
+        "lengths": answer_lengths(args, pt_file),
+    }
 
 
-def available_steps(args, lengths, block_size):
-    """Steps until a blockwise run has drawn every block once: then it ends, and an equal one must too."""
-    rows = int(args.constants.get("MICRO_BSIZE", train_blockwise.MICRO_BSIZE)) * args.num_gpus
-    rows *= int(args.constants.get("GRAD_ACC", train_blockwise.GRAD_ACC))
-    return max(1, sum(-(-length // block_size) for length in lengths) // rows)
+def preprocess(args, model, data, contents):
+    """The .pt file of `data`; pt.py makes it unless it is there. Its name has what decides it."""
+    words = ["--max_len", str(number(args, "MAX_LEN"))]
+    if args.model is None:
+        words += ["--max_samples", "0", "--filter_type", ""]  # all of the toy's rows
+    source = file_digest(data) if os.path.isfile(data) else data
+    path = args.output / f"train-{digest(contents, source, *words)[:8]}.pt"
+    if not path.exists():
+        places = suite.flags({"model": model, "dataset": data, "output": path})
+        if suite.run([sys.executable, suite.ROOT / "pt.py", *places, *words]):
+            sys.exit("pt.py failed, see above")
+    return path
+
+
+def answer_lengths(args, pt_file):
+    """The tokens of each answer that is trained on, without answers that are cut off whole."""
+    max_len = number(args, "MAX_LEN")
+    lengths = []
+    for row in torch.load(pt_file)[: number(args, "MAX_SAMPLES")]:
+        length = min(len(row["full_ids"]), max_len) - row["prompt_len"]
+        if length > 0:
+            lengths.append(length)
+    return lengths
+
+
+# --------------------------------------------------------------------------- what there is to do
+
+
+def compared(args, lengths):
+    """What each study compares: {study: [(method, the constants that the study sets)]}.
+
+    The first of each list is the one that the others are compared with. `lengths` are the answers'.
+    """
+    steps = common_steps(args, lengths, [args.block_size])
+    fewer = equal_token_steps(steps, lengths, args.block_size)
+    return {
+        "equal-compute": [("blockwise", {}), ("fullseq", {})],
+        "equal-tokens": [("blockwise", {}), ("fullseq", {"TOTAL_TRAIN_STEPS": fewer})],
+        "block-size": [*vary("blockwise", "BLOCK_SIZE", args.block_sizes), ("fullseq", {})],
+        "prefix": vary("blockwise", "PREFIX_MASK_RATE", [0.0, 0.1, 0.2, 0.5]),
+        "suffix": vary("blockwise", "SUFFIX_MASK_PROB", [1.0, 0.5, 0.0]),
+        "padding": [
+            *vary("blockwise", "MASK_PADDING", [False, True]),
+            *vary("fullseq", "MASK_PADDING", [False, True]),
+        ],
+    }
+
+
+def vary(method, name, values):
+    return [(method, {name: value}) for value in values]
+
+
+def common_steps(args, lengths, block_sizes):
+    """`args.steps`, or fewer: as many as the blocks last for, of which none is drawn twice."""
+    rows = number(args, "MICRO_BSIZE") * number(args, "GRAD_ACC") * args.num_gpus
+    blocks = sum(math.ceil(length / max(block_sizes)) for length in lengths)
+    return max(1, min(args.steps, blocks // rows))
 
 
 def equal_token_steps(steps, lengths, block_size):
@@ -254,363 +350,388 @@ def equal_token_steps(steps, lengths, block_size):
 
     Both mask with t ~ U(0, 1): a blockwise draw half a block, a full-sequence draw half an answer.
     """
-    block = sum(
-        length / -(-length // block_size) for length in lengths
-    )  # the mean over an answer's blocks
-    return max(1, round(steps * block / sum(lengths)))
+    # a draw's block is any of its answer's: their mean length is the answer's over their number
+    block_tokens = sum(length / math.ceil(length / block_size) for length in lengths)
+    return max(1, round(steps * block_tokens / sum(lengths)))
 
 
-def prepare(args):
-    """Make what all runs need in `args.output`: the base, unless one is given, and the .pt file.
+def make_arms(args, task):
+    """The settings of all studies, the base first in each.
 
     Returns:
-        constants of all runs, a digest of what else decides their training, and the lengths of the answers.
+        a list of dicts: study, method, setting (its name), block_lengths to decode with, and its
+        runs, see `make_runs`.
     """
-    select = []  # pt.py's own choice of rows
-    if not args.model:
-        base, select = (
-            os.path.join(args.output, "base"),
-            ["--max_samples", "0", "--filter_type", ""],
-        )
-        if not os.path.exists(os.path.join(base, "model")):
-            chains.build(base)
-        args.model, args.data, args.test = (
-            os.path.join(base, name) for name in ("model", "data/train.jsonl", "data/test.jsonl")
-        )
-    problems = json.dumps([evaluate.load_problems(args.test, args.limit), args.batch_size])
-    config, _ = evaluate.load_config(args.model, "main")
-    model = evaluate.model_identity(args.model, config)
-    max_len = args.constants.get("MAX_LEN", train_blockwise.MAX_LEN)
-    words = ["--model", args.model, "--dataset", args.data, "--max_len", str(max_len), *select]
-    content = evaluate.file_digest(args.data) if os.path.isfile(args.data) else ""
-    pt_file = os.path.join(args.output, f"train-{evaluate.digest(model, content, *words)[:8]}.pt")
-    if not os.path.exists(pt_file):
-        toy.launch(
-            [sys.executable, os.path.join(SUITE, "pt.py"), *words, "--output", pt_file], os.getcwd()
-        )
-    constants = {
-        "MODEL_NAME": args.model,
-        "PT_FILE": pt_file,
-        "MASK_ID": getattr(config, "mask_token_id", 126336),
-    }
-    args.decoding = evaluate.digest(problems)[:8]
-    args.identity = f"{os.path.basename(args.model)}-{evaluate.digest(model)[:8]}"
-    rows = torch.load(pt_file)[: int(args.constants["MAX_SAMPLES"])]
-    lengths = [min(len(row["full_ids"]), int(max_len)) - row["prompt_len"] for row in rows]
-    identity = evaluate.digest(model, evaluate.file_digest(pt_file))
-    return constants | args.constants, identity, [length for length in lengths if length > 0]
+    table = compared(args, task["lengths"])
+    arms = []
+    for study in args.studies:
+        block_lengths = args.block_sizes if study == "block-size" else [args.block_size]
+        sizes = [changes.get("BLOCK_SIZE", args.block_size) for _, changes in table[study]]
+        steps = common_steps(args, task["lengths"], sizes)
+        for method, changes in [("base", {}), *table[study]]:
+            constants = {"TOTAL_TRAIN_STEPS": steps}
+            if method == "blockwise":
+                constants["BLOCK_SIZE"] = args.block_size
+            arm = {
+                "study": study,
+                "method": method,
+                "setting": setting_name(changes),
+                "block_lengths": block_lengths,
+                "runs": make_runs(args, task, method, constants | changes),
+            }
+            arms.append(arm)
+    return arms
 
 
-def make_runs(args, cells, common, identity):
-    """The training runs of the `cells`, each once: {folder: run}; a cell gets its seeds and folders as `runs`."""
-    runs = {}
-    for cell in cells:
-        cell["runs"] = []
-        for seed in range(1, args.seeds + 1) if cell["method"] != "base" else ["base"]:
-            own = cell["constants"] | {"SEED": seed} if seed != "base" else {}
-            key = evaluate.digest(
-                identity, str(args.num_gpus), all_constants(cell["method"], common | own)
-            )[:8]
-            folder = os.path.join(args.output, f"{cell['method']}-seed{seed}-{key}")
-            run = runs.setdefault(
-                folder, {"folder": folder, "method": cell["method"], "blocks": set()}
-            )
-            run["constants"] = common | own
-            run["blocks"] |= set(cell["blocks"])
-            cell["runs"].append((seed, folder))
+def setting_name(changes):
+    """The name of a setting, from the constants that its study sets; steps are a column already."""
+    named = [f"{key}={value}" for key, value in changes.items() if key != "TOTAL_TRAIN_STEPS"]
+    return " ".join(named)
+
+
+def make_runs(args, task, method, constants):
+    """The runs of one setting, a dict per seed: seed, method, folder, constants.
+
+    A folder's name has a digest of what decides the run's result.
+    """
+    if method == "base":
+        folder = args.output / f"base-{digest(task['identity'])[:8]}"
+        return [{"seed": "base", "method": method, "folder": folder, "constants": {}}]
+    runs = []
+    for seed in range(1, args.seeds + 1):
+        given = task["constants"] | constants | {"SEED": seed}
+        key = digest(task["identity"], str(args.num_gpus), all_constants(method, given))
+        folder = args.output / f"{method}-seed{seed}-{key[:8]}"
+        runs.append({"seed": seed, "method": method, "folder": folder, "constants": given})
     return runs
 
 
 def all_constants(method, given):
-    """All constants that decide a run's result, as text; those that are not `given` have the script's values."""
-    if method == "base":
-        return ""
-    constants = {
-        name: getattr(TRAINERS[method], name) for name in TRAINERS[method].CONSTANTS
-    } | given
-    places = ("MODEL_NAME", "PT_FILE", "CKPT_DIR")
-    return json.dumps(
-        sorted((name, str(value)) for name, value in constants.items() if name not in places)
-    )
+    """All constants that decide a run's result, as text: those `given`, or the script's values."""
+    trainer = TRAINERS[method]
+    constants = {name: getattr(trainer, name) for name in trainer.CONSTANTS} | given
+    pairs = [(name, str(value)) for name, value in constants.items() if name not in PLACES]
+    return json.dumps(sorted(pairs))
 
 
-def decoding_folder(folder, args, block_length, tokens_per_step):
-    """Where the evaluation of a run is: its name has what decides it."""
-    return (
-        f"{folder}/gen{args.gen_length}-block{block_length}-tokens{tokens_per_step}-{args.decoding}"
-    )
+def unique_runs(arms):
+    """Each run of the arms once, with the `block_lengths` of all arms that have it."""
+    runs = {}
+    for arm in arms:
+        for run in arm["runs"]:
+            unique = runs.setdefault(run["folder"], {**run, "block_lengths": set()})
+            unique["block_lengths"].update(arm["block_lengths"])
+    return list(runs.values())
 
 
-# ---------------------------------------------------------------------------- doing it
+def decoding_folder(args, task, folder, block_length, tokens_per_step):
+    """Where an evaluation of the run in `folder` is: its name has what decides it."""
+    way = f"gen{args.gen_length}-block{block_length}-tokens{tokens_per_step}"
+    return folder / f"{way}-{task['decoding']}"
 
 
-def do_all(runs, args):
-    """Do the runs, `args.jobs` at a time, the base's first, without which there are no others.
+# -------------------------------------------------------------------------------------- doing it
 
-    Returns a message for each that failed.
+
+def do_all(runs, args, task):
+    """Do the runs, `args.jobs` at a time, the base's first: if it fails, there are no others.
+
+    Returns:
+        a message for each that failed.
     """
-    context, failed = get_context("spawn"), []
-    batches = [[run for run in runs if (run["method"] == "base") == base] for base in (True, False)]
-    with ProcessPoolExecutor(
-        args.jobs, context, initializer=begin_worker, initargs=(os.getpid(),)
-    ) as pool:
-        try:
-            for batch in batches:
-                waiting = {pool.submit(do, run, args): run for run in batch} if not failed else {}
-                done = tqdm(as_completed(waiting), total=len(waiting), unit=" runs", desc="study")
-                failed += [
-                    f"{waiting[run]['folder']}: {run.exception()}"
-                    for run in done
-                    if run.exception()
-                ]
-        except KeyboardInterrupt:
-            for process in pool._processes.values():
-                process.terminate()
-            raise
+    pool = ProcessPoolExecutor(
+        args.jobs,
+        get_context("spawn"),
+        initializer=begin_worker,
+        initargs=(os.getpid(), threads(args)),
+    )
+    base = [run for run in runs if run["method"] == "base"]
+    others = [run for run in runs if run["method"] != "base"]
+    try:
+        failed = do_batch(base, pool, args, task)
+        if not failed:
+            failed = do_batch(others, pool, args, task)
+    except KeyboardInterrupt:
+        for process in active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown()
     return failed
 
 
-def begin_worker(parent):
-    """Have Linux end this process when the study is killed, which could not tell it; leave Ctrl-C to the study."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
+def do_batch(runs, pool, args, task):
+    """Do these runs in the pool's processes; returns a message for each that failed."""
+    waiting = {pool.submit(complete, run, args, task): run["folder"] for run in runs}
+    failed = []
+    for future in tqdm(as_completed(waiting), total=len(waiting), unit=" runs", desc="study"):
+        if future.exception():
+            failed.append(f"{waiting[future]}: {future.exception()}")
+    return failed
+
+
+def threads(args):
+    """Threads for each of the processes that share this machine's cores."""
+    return max(1, len(os.sched_getaffinity(0)) // (args.jobs * args.num_gpus))
+
+
+def begin_worker(parent, count):
+    """Prepare a process of the pool: it ends when the study does, and uses `count` threads."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, and its trainer too
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != parent:  # the study was killed before this call
         os._exit(1)
+    torch.set_num_threads(count)
 
 
-def do(run, args):
-    """Train and evaluate one run, or what is left of it; its output goes to its log."""
-    os.makedirs(run["folder"], exist_ok=True)
-    torch.set_num_threads(max(1, os.cpu_count() // args.jobs))
-    ways = product(sorted(run["blocks"]), args.tokens_per_step)
-    summary = lambda way: f"{decoding_folder(run['folder'], args, *way)}/summary.json"
-    missing = [way for way in ways if not os.path.exists(summary(way))]
+def complete(run, args, task):
+    """Train and evaluate one run, or do what is left of it; its output is appended to its log.
+
+    Raises:
+        RuntimeError: if that fails.
+    """
+    run["folder"].mkdir(parents=True, exist_ok=True)
+    missing = []
+    for block_length, tokens in product(sorted(run["block_lengths"]), args.tokens_per_step):
+        output = decoding_folder(args, task, run["folder"], block_length, tokens)
+        if not (output / "summary.json").exists():
+            missing.append((output, block_length, tokens))
     if not missing:
         return
-    with open(f"{run['folder']}/log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+    with open(run["folder"] / "log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            model = args.model if run["method"] == "base" else train(run, args, log)
-            for way in missing:
-                measure(model, decoding_folder(run["folder"], args, *way), *way, args, log)
-        except SystemExit as error:  # this process does other runs too
+            model = task["model"] if run["method"] == "base" else train(run, args, log)
+            for output, block_length, tokens in missing:
+                measure(model, output, block_length, tokens, args, task, log)
+        except SystemExit as error:  # it would end this process, which has other runs to do
             raise RuntimeError(f"{error.code}; see {log.name}") from error
     if args.remove_checkpoints and run["method"] != "base":
         shutil.rmtree(model)
 
 
-def execute(command, args, log):
-    """Run a script of the suite, its output in `log`; returns its exit status."""
-    threads = str(max(1, os.cpu_count() // args.jobs))
-    scripts = os.path.dirname(sys.executable)
-    environment = {
-        **os.environ,
-        "PATH": scripts + os.pathsep + os.environ["PATH"],
-        "OMP_NUM_THREADS": threads,
-    }
-    return subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+def interpreter(args):
+    """The beginning of a command line that starts a script on `args.num_gpus` GPUs."""
+    return suite.launcher(args.num_gpus) if args.num_gpus > 1 else [sys.executable]
 
 
 def train(run, args, log):
-    """Train `run` to its end, whether it was begun before or not; returns its checkpoint. Raises SystemExit."""
-    prefix = f"{run['folder']}/ckpt"
-    words = [word for name, value in run["constants"].items() for word in (f"--{name}", str(value))]
-    for _ in range(
-        2
-    ):  # a second time, if the trainer of a study that was killed is in the way of the first
-        with suppress(FileNotFoundError), open(f"{prefix}_state/lock") as lock:
+    """Train `run` to its end, from where it was stopped if it was begun; returns its checkpoint.
+
+    Raises:
+        SystemExit: if the trainer fails.
+    """
+    folder = run["folder"]
+    script = TRAINERS[run["method"]].__file__
+    constants = run["constants"] | {"CKPT_DIR": "ckpt"}
+    for _ in range(2):  # a second time, if a killed study's trainer came first and now has ended
+        wait_for_trainer(folder)
+        if find_checkpoint(folder) is None:
+            command = [*interpreter(args), script, *suite.flags(constants)]
+            start = time.monotonic()
+            status = suite.run(command, folder, log, OMP_NUM_THREADS=str(threads(args)))
+            if status == 0:  # with its start and its saving; without what it did before a stop
+                write_json(folder / "seconds.json", round(time.monotonic() - start, 1))
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is None:
+        sys.exit(f"{os.path.basename(script)} failed")
+    return checkpoint
+
+
+def wait_for_trainer(folder):
+    """Wait until no trainer works in the run's folder: one that a killed study left may do so."""
+    for path in folder.glob("ckpt_logs*/state/lock"):
+        with suppress(FileNotFoundError), open(path) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if not os.path.exists(f"{prefix}_state") and glob(f"{escape(prefix)}_step*"):
-            return max(glob(f"{escape(prefix)}_step*"))
-        start = toy.launcher(args.num_gpus) if args.num_gpus > 1 else [sys.executable]
-        execute(
-            [*start, f"{SUITE}/train_{run['method']}.py", *words, "--CKPT_DIR", prefix], args, log
-        )
-        note_seconds(run["folder"])
-    if os.path.exists(f"{prefix}_state") or not glob(f"{escape(prefix)}_step*"):
-        sys.exit(f"train_{run['method']}.py failed")
-    return max(glob(f"{escape(prefix)}_step*"))
 
 
-def note_seconds(folder):
-    """Keep the seconds of a training from its last start to its last step, as the times of files change in copies."""
-    start, end = (f"{folder}/ckpt_logs/{name}" for name in ("run_config.json", "train_loss.csv"))
-    if os.path.exists(start) and os.path.exists(end):
-        evaluate.write_json(
-            f"{folder}/seconds.json", round(os.path.getmtime(end) - os.path.getmtime(start), 1)
-        )
+def find_checkpoint(folder):
+    """The checkpoint of a run that is trained to its end, otherwise None."""
+    if list(folder.glob("ckpt_logs*/state")):
+        return None
+    return max(folder.glob("ckpt_step*"), default=None)
 
 
-def measure(model, output, block_length, tokens_per_step, args, log):
-    """Evaluate `model`: in this process, or, so that it leaves no memory of a GPU taken, in others."""
-    steps = args.gen_length // block_length * -(-block_length // tokens_per_step)
-    flags = {"model": model, "output": output, "dataset": args.test, "gen_length": args.gen_length}
-    flags |= {"block_length": block_length, "steps": steps, "batch_size": args.batch_size}
-    flags |= {"limit": args.limit} if args.limit else {}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    if args.num_gpus > 1 or torch.cuda.is_available():
-        start = toy.launcher(args.num_gpus) if args.num_gpus > 1 else [sys.executable]
-        execute([*start, evaluate.__file__, *words], args, log)
+def measure(model, output, block_length, tokens_per_step, args, task, log):
+    """Evaluate `model`: on a CPU in this process, which has loaded the libraries.
+
+    Raises:
+        SystemExit: if the evaluation fails.
+    """
+    steps_per_block = math.ceil(block_length / tokens_per_step)
+    settings = {
+        "model": model,
+        "output": output,
+        "dataset": task["test"],
+        "gen_length": args.gen_length,
+        "block_length": block_length,
+        "steps": args.gen_length // block_length * steps_per_block,
+        "batch_size": args.batch_size,
+    }
+    if args.limit:
+        settings["limit"] = args.limit
+    if args.num_gpus > 1 or torch.cuda.is_available():  # this process must not keep GPU memory
+        command = [*interpreter(args), evaluate.__file__, *suite.flags(settings)]
+        suite.run(command, output=log, OMP_NUM_THREADS=str(threads(args)))
     else:
-        evaluate.main(words)
-    if not os.path.exists(f"{output}/summary.json"):
+        evaluate.main(suite.flags(settings))
+    if not (output / "summary.json").exists():
         sys.exit(f"{output}: the evaluation failed")
 
 
-# ---------------------------------------------------------------------------- what came out
+# --------------------------------------------------------------------------------- what came out
 
 
-def collect(args, cells):
-    """The lines of results.csv, from what the runs have left; those of decodings that are missing are left out."""
+def collect(args, task, arms):
+    """The lines of results.csv, from what the runs have left; missing evaluations are left out."""
     rows = []
-    for cell in cells:
-        for (seed, folder), block_length, way in product(
-            cell["runs"], cell["blocks"], args.tokens_per_step
+    for arm in arms:
+        for run, block_length, tokens in product(
+            arm["runs"], arm["block_lengths"], args.tokens_per_step
         ):
-            how = {
-                "seed": seed,
+            output = decoding_folder(args, task, run["folder"], block_length, tokens)
+            if not (output / "summary.json").exists():
+                continue
+            summary = json.loads((output / "summary.json").read_text())
+            row = {
+                **arm,
+                **training_of(run["folder"]),
+                "seed": run["seed"],
                 "block_length": block_length,
-                "tokens_per_step": way,
+                "tokens_per_step": tokens,
                 "gen_length": args.gen_length,
+                "accuracy": summary["accuracy"],
+                "exact_match": summary["exact_match"],
+                "count": summary["count"],
+                "decoding_seconds": round(summary["seconds"], 1),
+                "model": task["name"],
             }
-            how["model"] = args.identity
-            path = f"{decoding_folder(folder, args, block_length, way)}/summary.json"
-            with suppress(FileNotFoundError), open(path) as file:
-                summary = json.load(file)
-                summary["decoding_seconds"] = round(summary.pop("seconds"), 1)
-                known = cell | how | summary | training_of(folder)
-                rows.append({name: known.get(name, "") for name in COLUMNS})
+            rows.append({name: row.get(name, "") for name in COLUMNS})
     return rows
 
 
 def training_of(folder):
     """Loss (mean of the last tenth of the steps), supervised tokens, steps and seconds of a run."""
-    logs = f"{folder}/ckpt_logs"
-    if not os.path.exists(f"{logs}/train_loss.csv"):
+    logs = folder / "ckpt_logs"
+    if not logs.exists():  # the base's
         return {}
-    with open(f"{logs}/run_config.json") as file:
-        budget = json.load(file)["budget"]
-    with open(f"{logs}/train_loss.csv") as file:
+    with open(logs / "train_loss.csv") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     last = losses[-max(1, len(losses) // 10) :]
-    seconds = ""
-    with suppress(FileNotFoundError), open(f"{folder}/seconds.json") as file:
-        seconds = json.load(file)
+    budget = json.loads((logs / "run_config.json").read_text())["budget"]
     figures = {
         "loss": round(sum(last) / len(last), 4),
-        "supervised_tokens": budget["supervised tokens"],
+        "supervised_tokens": budget["supervised_tokens"],
+        "train_steps": budget["steps"],
     }
-    return figures | {"train_steps": budget["steps"], "seconds": seconds}
+    if (folder / "seconds.json").exists():  # not if the study was killed before the trainer ended
+        figures["seconds"] = json.loads((folder / "seconds.json").read_text())
+    return figures
 
 
-def write_results(path, rows, args):
+def write_results(path, rows, args, task):
     """Write results.csv, keeping the lines that other studies of the same model have there."""
-    kept = []
-    if os.path.exists(path):
+    before = []
+    if path.exists():
         with open(path, newline="") as file:
-            others = [row for row in csv.DictReader(file) if row.get("model") == args.identity]
-        kept = [row for row in others if row["study"] not in args.studies]
-    with open(f"{path}.partial", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*kept, *rows])
-    os.replace(f"{path}.partial", path)
+            before = list(csv.DictReader(file))
+    own = [row for row in before if row.get("model") == task["name"]]
+    kept = [row for row in own if row["study"] not in args.studies]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*kept, *rows])
+    write_text(path, text.getvalue())
 
 
 def print_table(rows):
-    """Mean accuracy over the seeds with its 95 % interval, a line a setting, a column a number of tokens per step."""
+    """Print a line per setting and decoding block, with a column per number of tokens per step."""
     ways = sorted({row["tokens_per_step"] for row in rows})
-    names = [
-        "study",
-        "method",
-        "setting",
-        "decoding block",
-        *(f"{way} a step" for way in ways),
-        "supervised tokens",
-    ]
-    lines = {}
+    columns = [f"{way} per step" for way in ways]
+    table = [["study", "method", "setting", "decoding block", *columns, "supervised tokens"]]
+    groups = {}
     for row in rows:
         key = (row["study"], row["method"], row["setting"], row["block_length"])
-        lines.setdefault(key, []).append(row)
-    table = [names]
-    for key, group in lines.items():
-        by_way = [
-            [100 * row["accuracy"] for row in group if row["tokens_per_step"] == way]
-            for way in ways
-        ]
-        tokens = f"{group[0]['supervised_tokens']:,}" if group[0]["supervised_tokens"] else ""
-        table.append([*map(str, key), *map(show, by_way), tokens])
-    widths = [max(len(line[i]) for line in table) for i in range(len(names))]
+        groups.setdefault(key, []).append(row)
+    for key, group in groups.items():
+        line = [str(word) for word in key]
+        for way in ways:
+            values = [100 * row["accuracy"] for row in group if row["tokens_per_step"] == way]
+            line.append(show(values))
+        tokens = group[0]["supervised_tokens"]
+        line.append(f"{tokens:,}" if tokens else "")
+        table.append(line)
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     print("accuracy in %, mean over the seeds with its 95 % interval")
     for line in table:
-        print(
-            " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        )
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print(" | ".join(cells).rstrip())
 
 
 def print_differences(rows):
-    """How much each setting's accuracy differs from its study's first, paired by seed, with the 95 % interval."""
-    accuracy = {}  # of (study, method, setting), by (block_length, tokens_per_step, seed)
+    """Print how far each setting's accuracy is from that of its study's first, paired by seed."""
+    accuracy = {}  # of (study, setting), by (block_length, tokens_per_step) and seed
     for row in rows:
         if row["method"] != "base":
-            group = accuracy.setdefault((row["study"], row["method"], row["setting"]), {})
-            group[row["block_length"], row["tokens_per_step"], row["seed"]] = 100 * row["accuracy"]
+            arm = (row["study"], f"{row['method']} {row['setting']}".strip())
+            way = (row["block_length"], row["tokens_per_step"])
+            seeds = accuracy.setdefault(arm, {}).setdefault(way, {})
+            seeds[row["seed"]] = 100 * row["accuracy"]
+    print("\ndifference to the first setting of the study in points, paired by seed: mean with its")
+    print("95 % interval")
     first = {}
-    print(
-        "\ndifference to the first setting of the study in points, seed by seed: mean with its 95 % interval"
-    )
-    for (study, *rest), group in accuracy.items():
-        reference = first.setdefault(study, group)
-        ways = (
-            list(dict.fromkeys(way[:2] for way in group if way in reference))
-            if group is not reference
-            else ()
-        )
-        for way in ways:
-            pairs = [
-                group[key] - reference[key] for key in group if key[:2] == way and key in reference
-            ]
-            print(
-                f"{study}: {' '.join(filter(None, rest))}, decoding block {way[0]}, {way[1]} a step: {show(pairs, '+')}"
-            )
+    for (study, setting), ways in accuracy.items():
+        reference = first.setdefault(study, ways)
+        if ways is reference:
+            continue
+        for way, seeds in ways.items():
+            others = reference.get(way, {})
+            pairs = [seeds[seed] - others[seed] for seed in seeds if seed in others]
+            where = f"{study}: {setting}, decoding block {way[0]}, {way[1]} per step"
+            print(f"{where}: {show(pairs, '+')}")
 
 
 def show(values, sign=""):
+    """The mean of the values with its 95 % interval, as text; nothing if there are none."""
     if not values:
         return ""
     mean, half = plot.mean_interval(values)
-    return f"{mean:{sign}.1f}" + (f" +- {half:.1f}" if len(values) > 1 else "")
+    interval = f" +- {half:.1f}" if len(values) > 1 else ""
+    return f"{mean:{sign}.1f}{interval}"
 
 
-def main():
-    args = parse_args(sys.argv[1:])
-    args.output = os.path.abspath(args.output)
-    if args.model and os.path.isdir(args.model):
-        args.model = os.path.abspath(args.model)
+# ------------------------------------------------------------------------------------------ main
+
+
+def main(args):
+    check_constants(args.constants)
+    if args.jobs is None:
+        args.jobs = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
     logging.set_verbosity_error()
+    path = args.output / "results.csv"
     try:
-        os.makedirs(args.output, exist_ok=True)
-        common, identity, lengths = prepare(args)
-        cells = make_cells(args, lengths)
-        runs = make_runs(args, cells, common, identity).values()
-        print(f"{len(runs)} runs, {args.jobs} at a time, in {args.output}")
-        failed = do_all(runs, args)
-        rows = collect(args, cells)
-        path = os.path.join(args.output, "results.csv")
-        write_results(path, rows, args)
+        args.output.mkdir(parents=True, exist_ok=True)
+        task = prepare(args)
+        arms = make_arms(args, task)
+        runs = unique_runs(arms)
+        print(f"{len(runs)} runs, {args.jobs} at a time, in {args.output}", flush=True)
+        failed = do_all(runs, args, task)
+        rows = collect(args, task, arms)
+        write_results(path, rows, args, task)
         print_table(rows)
         print_differences(rows)
-        print(f"see {', '.join([path, *plot.draw_studies(rows, args.output)])}")
+        print("see", ", ".join([str(path), *plot.draw_studies(rows, args.output)]))
     except OSError as error:
         sys.exit(
-            f"--output {args.output} cannot be written ({error}); the same command goes on when it can"
+            f"--output {args.output} cannot be written ({error}); give the same command again when "
+            "it can"
         )
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on")
+        sys.exit("interrupted; give the same command again to resume")
     if failed:
-        sys.exit(
-            "\n".join([f"{len(failed)} runs failed; the same command tries them again", *failed])
-        )
+        remedy = "give the same command again to try them again"
+        sys.exit("\n".join([f"{len(failed)} runs failed; {remedy}", *failed]))
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGS)
