@@ -363,7 +363,7 @@ def write_json(path, content):
 
 
 def open_log(path, step):
-    """train_loss.csv, cut back to the first `step` steps, ready for the next line."""
+    """train_loss.csv, cut back to the first `step` steps."""
     if step == 0:
         path.write_text("step,loss\n")
     lines = path.read_text().splitlines(keepends=True)
@@ -573,7 +573,7 @@ def main():
             save_state(engine, state, step)
 
     if rank == 0:
-        os.rename(state, logs / "finished")  # in one go, whenever the process is killed
+        os.rename(state, logs / "finished")  # in one go
         shutil.rmtree(logs / "finished")
         print(f"wrote {path} and {logs}")
     dist.destroy_process_group()
