@@ -1,17 +1,20 @@
-"""The studies' synthetic reasoning task and its base model: chains of small sums, worked out step by step.
+"""The toy task and its base model: chains of small sums, to be worked out step by step.
 
-    python experiments/chains.py --output DIR     # DIR/model and DIR/data/{train,test}.jsonl, about 10 minutes
+    python experiments/chains.py --output DIR             # DIR/model and DIR/data, in seconds
+    python experiments/chains.py --output DIR --narrow    # without LLaDA's unused ids: faster
+    python experiments/chains.py --pretrain               # the base's weights again
 
-A problem is a digit and five to eight labelled instructions; sums stop at 9 and differences at 0:
+A problem is a digit and five to eight labelled instructions; sums stop at 9, differences at 0:
 
     3 ; p max 5 ; q minus 4 ; r plus 7 ; s plus 6 ; t min 8
 
-The answer looks each instruction up by its label and works it out, so that every step depends on the one before:
+Its answer works out each instruction, so that every step depends on the one before:
 
-    p 3 max 5 = 5 ; q 5 minus 4 = 1 ; r 1 plus 7 = 8 ; s 8 plus 6 = 9 ; t 9 min 8 = 8 ; The answer is: 8
+    p 3 max 5 = 5 ; q 5 minus 4 = 1 ; r 1 plus 7 = 8 ; s 8 plus 6 = 9 ; t 9 min 8 = 8 ; ...
 
-The base is a small LLaDA with a vocabulary of its own words, trained from scratch on such problems with LLaDA's
-objective to where it hardly learns more from it, so that what SFT changes is not just more training.
+and ends with "The answer is: 8". The base is a small LLaDA, pretrained from scratch with LLaDA's
+objective. It has learnt to work answers out. At the end of pretraining, however, most answers only
+repeated the instructions before the result, so it prefers to guess. SFT changes that.
 """
 
 import argparse
@@ -19,150 +22,247 @@ import json
 import math
 import os
 import random
-import re
+import shutil
 import sys
+from pathlib import Path
 
+import suite
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
+from toy_llada.configuration_llada import LLaDAConfig
+from toy_llada.modeling_llada import LLaDAModelLM
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-sys.path[:0] = [
-    os.path.dirname(os.path.abspath(__file__)),
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
-]
-
-import toy
-from toy_llada.configuration_llada import LLaDAConfig
-from toy_llada.modeling_llada import LLaDAModelLM
-
 import pt
 
-OPERATIONS = {
-    "max": max,
-    "min": min,
-    "plus": lambda value, operand: min(9, value + operand),
-    "minus": lambda value, operand: max(0, value - operand),
-}
-LABELS, SHORTEST = "pqrstuvw", 5  # one label an instruction; the fewest instructions
-TRAIN_ROWS, TEST_ROWS, PRETRAIN_ROWS = 8000, 1000, 40000
-GEN_LENGTH = 64  # tokens that hold every answer with its end
-SHAPE = {
-    "d_model": 48,
-    "n_layers": 2,
-    "n_heads": 4,
-    "mlp_hidden_size": 128,
-    "max_sequence_length": 256,
-}
-PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LR = 6000, 64, 3e-3
+SEED = 0  # of the problems, the weights and the noise
+BASE = Path(__file__).with_name("chains_base.safetensors")
 
-SPECIAL_TOKENS = "<|endoftext|> <|startoftext|> <|mdm_mask|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
+# Problems
+OPERATIONS = ("max", "min", "plus", "minus")
+LABELS = "pqrstuvw"  # one per instruction
+SHORTEST = 5  # instructions; the longest problem has one for every label
+TRAIN_ROWS = 8000
+TEST_ROWS = 1000
+GEN_LENGTH = 64  # tokens that hold every answer with its end
+
+# Model
+SHAPE = {
+    "d_model": 64,
+    "n_layers": 2,
+    "n_heads": 2,
+    "mlp_hidden_size": 160,
+    "max_sequence_length": 1024,
+}
+EMBEDDINGS = ("model.transformer.wte.weight", "model.transformer.ff_out.weight")  # (V, d_model)
+
+# Pretraining
+PRETRAIN_ROWS = 100_000
+PRETRAIN_BATCH = 32
+PRETRAIN_STEPS = 4000  # on answers that are worked out
+PRETRAIN_LR = 4e-3
+HABIT_ROWS = 20_000
+HABIT_SHARE = 0.7  # of the answers that only repeat the instructions
+HABIT_STEPS = 200  # on these rows, after the others
+HABIT_LR = 1e-3
+INIT_STD = 0.125  # 1 / sqrt(d_model); LLaDA's 0.02 would learn this little model far more slowly
 
 
 # ---------------------------------------------------------------------------- problems
 
 
-def problem(rng):
-    """One problem as (query, response)."""
+def apply(operation, value, operand):
+    """The digit that an instruction makes of the digit `value`."""
+    if operation == "max":
+        return max(value, operand)
+    if operation == "min":
+        return min(value, operand)
+    if operation == "plus":
+        return min(9, value + operand)
+    return max(0, value - operand)
+
+
+def problem(rng, works_out=True):
+    """One problem as (query, response); the response works it out, or repeats it and states it."""
     value = rng.randint(0, 9)
-    query, steps = [str(value)], []
+    first = value
+    instructions, steps = [], []
     for label in LABELS[: rng.randint(SHORTEST, len(LABELS))]:
-        operation, operand = rng.choice(list(OPERATIONS)), rng.randint(0, 9)
-        result = OPERATIONS[operation](value, operand)
-        query.append(f"{label} {operation} {operand}")
-        steps.append(f"{label} {value} {operation} {operand} = {result} ;")
+        operation = rng.choice(OPERATIONS)
+        operand = rng.randint(0, 9)
+        result = apply(operation, value, operand)
+        instructions.append(f"{label} {operation} {operand}")
+        steps.append(f"{label} {value} {operation} {operand} = {result}")
         value = result
-    return " ; ".join(query), " ".join([*steps, f"The answer is: {value}"])
+    query = " ; ".join([str(first), *instructions])
+    if not works_out:
+        steps = instructions
+    return query, " ; ".join([*steps, f"The answer is: {value}"])
 
 
-def problems(rng, rows, seen):
-    """`rows` problems in MetaMathQA's columns, none of whose queries is in the set `seen`, which grows."""
+def problems(rng, rows, seen, habit=0.0):
+    """`rows` problems in MetaMathQA's columns, whose queries are not in `seen`, which grows.
+
+    `habit` is the share of the answers that only repeat the instructions.
+    """
     made = []
     while len(made) < rows:
-        query, response = problem(rng)
-        if query not in seen:
-            seen.add(query)
-            made.append({"type": "chain", "query": query, "response": response})
+        query, response = problem(rng, works_out=rng.random() >= habit)
+        if query in seen:
+            continue
+        seen.add(query)
+        row = {"type": "chain", "query": query, "original_question": query, "response": response}
+        made.append(row)
     return made
 
 
-def build_tokenizer(texts):
-    """A word-level tokenizer of the words in `texts`, in which each half of MetaMath's prompt is a single token.
+def splits(train_rows, test_rows, pretrain_rows=0, habit_rows=0):
+    """Problems for test, training and the two stages of pretraining, four lists; none is shared."""
+    rng = random.Random(SEED)
+    seen = set()
+    test = problems(rng, test_rows, seen)
+    train = problems(rng, train_rows, seen)
+    pretraining = problems(rng, pretrain_rows, seen)
+    habit = problems(rng, habit_rows, seen, HABIT_SHARE)
+    return test, train, pretraining, habit
 
-    A word keeps the space before it, so that decoding gives the text back.
+
+# ---------------------------------------------------------------------------- tokenizer
+
+SPECIAL_TOKENS = {
+    126080: "<|startoftext|>",
+    126081: "<|endoftext|>",
+    126336: "<|mdm_mask|>",
+    126346: "<|start_header_id|>",
+    126347: "<|end_header_id|>",
+    126348: "<|eot_id|>",
+}
+WORDS = [
+    *["user", "assistant", "\n\n", " The", " answer", " is", " ;", " ="],
+    *[f" {word}" for word in OPERATIONS],
+    *[f" {label}" for label in LABELS],
+    *[f" {digit}" for digit in range(10)],
+]
+PIECES = r"[\r\n]+| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|[^\S\r\n]+"
+CHAT_TEMPLATE = (  # LLaDA's: the assistant header ends every conversation, asked for or not
+    "{% for message in messages %}{{ bos_token if loop.first else '' }}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+
+
+def list_tokens():
+    """The toy's own tokens but for the special ones: all bytes, the task's words, pt.py's prompt.
+
+    Each half of the prompt is one token, which keeps sequences short.
     """
-    pieces = r"\n+| ?\w+| ?[^\w\s]"
-    halves = pt.PROMPT.split("{query}")
-    words = sorted(
-        {word for text in texts for word in re.findall(pieces, text)}
-        | {"\n\n", "user", "assistant"}
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [byte_level.pre_tokenize_str(word)[0][0] for word in WORDS]
+    return [*alphabet, *words, *pt.PROMPT.split("{query}")]
+
+
+def list_ids(wide):
+    """The ids of the toy's own tokens, special ones last, in the wide or the narrow vocabulary."""
+    count = len(list_tokens())
+    special = list(SPECIAL_TOKENS) if wide else range(count, count + len(SPECIAL_TOKENS))
+    return [*range(count), *special]
+
+
+def build_tokenizer(wide):
+    """A tokenizer of bytes and WORDS that reads any text, with LLaDA's special tokens and template.
+
+    A word keeps the space before it, runs of newlines stay whole. The wide one has LLaDA's ids: no
+    text gives the fillers between the toy's own tokens and the special ones.
+    """
+    tokens = list_tokens()
+    special = list(SPECIAL_TOKENS.values())
+    if wide:
+        first, last = min(SPECIAL_TOKENS), max(SPECIAL_TOKENS)
+        tokens += [f"<|filler_{i}|>" for i in range(len(tokens), first)]
+        special = [SPECIAL_TOKENS.get(i, f"<|reserved_{i}|>") for i in range(first, last + 1)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
-    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *halves, *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<|endoftext|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
-    tokenizer.add_tokens([AddedToken(half, special=False, normalized=False) for half in halves])
-    names = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-    }
+    tokenizer.decoder = decoders.ByteLevel()
+    for half in pt.PROMPT.split("{query}"):
+        tokenizer.add_tokens([AddedToken(half, special=False, normalized=False)])
+    for token in special:
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=toy.CHAT_TEMPLATE, **names
+        tokenizer_object=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
     )
 
 
-# ---------------------------------------------------------------------------- base
+# ---------------------------------------------------------------------------- pretraining
 
 
 def encode(tokenizer, rows):
-    """Whole conversations as pt.py makes them: ids (N, L), padded with end-of-text tokens, and prompt_len (N,).
+    """Whole conversations as pt.py makes them, padded with end-of-text tokens.
 
-    L is that of a canvas with GEN_LENGTH tokens behind the longest prompt.
+    Returns:
+        ids (N, L): L is the longest prompt and GEN_LENGTH tokens after it.
+        prompt_len (N,)
     """
     header = pt.find_trailing_header(tokenizer)
-    texts = pt.render(
-        tokenizer, header, *([row[name] for row in rows] for name in ("query", "response"))
-    )
-    samples = pt.encode(tokenizer, *texts, max_len=sys.maxsize)
+    queries = [row["query"] for row in rows]
+    responses = [row["response"] for row in rows]
+    prompts, texts = pt.render(tokenizer, header, queries, responses)
+    samples = pt.encode(tokenizer, prompts, texts, max_len=sys.maxsize)
     prompt_len = torch.tensor([prompt_len for prompt_len, _ in samples])
-    ids = torch.full((len(rows), int(prompt_len.max()) + GEN_LENGTH), tokenizer.pad_token_id)
+    length = int(prompt_len.max()) + GEN_LENGTH
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
     for row, (_, encoded) in zip(ids, samples, strict=True):
         row[: len(encoded)] = torch.tensor(encoded)
     return ids, prompt_len
 
 
 def denoising_loss(model, ids, prompt_len, generator):
-    """LLaDA's objective on prompts with answers: all behind the prompt masked with t ~ U(0, 1), padding too.
+    """LLaDA's objective on ids (B, L): all after prompt_len (B,) masked with t ~ U(0, 1).
 
-    Nie et al., arXiv 2502.09992, eq. 5, for ids (B, L) and prompt_len (B,). The weight 1/t becomes the mean over a
-    row's masked positions, the same in expectation up to a factor, and the t of a batch are spread evenly over (0, 1):
-    both lower the variance.
+    Nie et al., arXiv 2502.09992, eq. 5. The weight 1/t becomes the mean over a row's masked
+    positions, the same in expectation up to a factor, and the t of a batch are spread evenly over
+    (0, 1): both lower the variance. The model's last id stands for all ids of LLaDA's vocabulary
+    that the toy does not use: it counts as often in the softmax.
     """
     rows, length = ids.shape
-    t = (torch.arange(rows) + torch.rand(rows, generator=generator))[:, None] / rows  # (B, 1)
-    masked = (torch.rand(ids.shape, generator=generator) < t) & (
-        torch.arange(length) >= prompt_len[:, None]
-    )  # (B, L)
-    logits = model(input_ids=ids.masked_fill(masked, model.config.mask_token_id)).logits[
-        masked
-    ]  # (M, V)
-    nll = cross_entropy(logits, ids[masked], reduction="none")  # (M,)
-    return (nll / masked.sum(1, keepdim=True).expand_as(masked)[masked]).sum() / rows
+    pos = torch.arange(length)  # (L,)
+    t = (torch.arange(rows) + torch.rand(rows, generator=generator)) / rows  # (B,)
+    noise = torch.rand(ids.shape, generator=generator)  # (B, L)
+    masked = (noise < t[:, None]) & (prompt_len[:, None] <= pos)  # (B, L)
+    noisy_ids = ids.masked_fill(masked, model.config.mask_token_id)
+    logits = model(input_ids=noisy_ids).logits[masked]  # (M, V)
+    fillers = LLaDAConfig().embedding_size - (model.config.embedding_size - 1)
+    weight = torch.zeros(logits.shape[1])  # (V,)
+    weight[-1] = math.log(fillers)
+    nll = cross_entropy(logits + weight, ids[masked], reduction="none")  # (M,)
+    count = masked.sum(1, keepdim=True).expand_as(masked)[masked]  # (M,)
+    return (nll / count).sum() / rows
 
 
-def pretrain(model, ids, prompt_len, generator):
-    """Train `model` on ids (N, L) and prompt_len (N,) for PRETRAIN_STEPS, warm-up and cosine."""
+def pretrain(model, ids, prompt_len, steps, peak_lr, generator):
+    """Train `model` on ids (N, L) and prompt_len (N,), with warm-up and cosine."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PRETRAIN_LR, betas=(0.9, 0.95), weight_decay=0.01
+        model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.01
     )
-    for step in (bar := tqdm(range(1, PRETRAIN_STEPS + 1), desc="pretrain", unit=" steps")):
-        warm, rest = min(1, step / 100), 0.5 + 0.5 * math.cos(math.pi * step / PRETRAIN_STEPS)
-        optimizer.param_groups[0]["lr"] = PRETRAIN_LR * warm * rest
+    bar = tqdm(range(1, steps + 1), desc="pretrain", unit=" steps")
+    for step in bar:
+        warm = min(1, step / 100)
+        rest = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = peak_lr * warm * rest
         chosen = torch.randint(len(ids), (PRETRAIN_BATCH,), generator=generator)
         loss = denoising_loss(model, ids[chosen], prompt_len[chosen], generator)
         loss.backward()
@@ -172,54 +272,124 @@ def pretrain(model, ids, prompt_len, generator):
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def build(folder, seed=0):
-    """Make `folder`/model and `folder`/data, which appear only when whole.
+def make_base(path):
+    """Pretrain the base and write its weights in bf16 to `path`.
+
+    The rows of its embedding and head are those of `list_ids`; the last one is every other id's.
+    """
+    torch.manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    tokenizer = build_tokenizer(wide=False)
+    _, _, rows, habit = splits(TRAIN_ROWS, TEST_ROWS, PRETRAIN_ROWS, HABIT_ROWS)
+    config = make_config(tokenizer, SHAPE)
+    config.embedding_size = config.vocab_size + 1
+    config.init_std = INIT_STD
+    model = LLaDAModelLM(config).train()
+    pretrain(model, *encode(tokenizer, rows), PRETRAIN_STEPS, PRETRAIN_LR, generator)
+    pretrain(model, *encode(tokenizer, habit), HABIT_STEPS, HABIT_LR, generator)
+    state = {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
+    save_file(state, path)
+
+
+# ---------------------------------------------------------------------------- folders
+
+
+def make_config(tokenizer, shape):
+    """The configuration of a model with this tokenizer."""
+    vocabulary = LLaDAConfig().vocab_size
+    if len(tokenizer) < min(SPECIAL_TOKENS):
+        vocabulary = len(tokenizer)
+    return LLaDAConfig(
+        **shape,
+        vocab_size=vocabulary,
+        mask_token_id=tokenizer.convert_tokens_to_ids("<|mdm_mask|>"),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def load_base(path, ids, vocabulary):
+    """The weights in `path`, their embedding and head spread over `vocabulary` ids."""
+    state = load_file(path)
+    for name in EMBEDDINGS:
+        own, filler = state[name][:-1], state[name][-1]
+        state[name] = filler.repeat(vocabulary, 1)  # (V, d_model)
+        state[name][ids] = own
+    return state
+
+
+def write_model(folder, wide, base, shape):
+    """Write a model folder that brings its code along, as LLaDA's does."""
+    tokenizer = build_tokenizer(wide)
+    config = make_config(tokenizer, shape)
+    torch.manual_seed(SEED)
+    model = LLaDAModelLM(config)
+    if base is not None:
+        model.load_state_dict(load_base(base, list_ids(wide), config.embedding_size))
+    config.architectures = ["LLaDAModelLM"]
+    config.auto_map = {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModel": "modeling_llada.LLaDAModelLM",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+    }
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in (suite.ROOT / "experiments" / "toy_llada").glob("*.py"):
+        shutil.copy(path, folder)
+
+
+def build(folder, wide=True, base=BASE, train_rows=TRAIN_ROWS, test_rows=TEST_ROWS, shape=SHAPE):
+    """Make `folder`/model and `folder`/data/{train,test}.jsonl; both appear only when whole.
+
+    Args:
+        wide: LLaDA's vocabulary and ids; otherwise only the toy's own, special ones last.
+        base: the file of the weights, which must fit `shape`; None: random weights.
 
     Raises:
-        SystemExit: if `folder` exists already, or cannot be written.
+        SystemExit: if `folder` has one of them already, or cannot be written.
     """
-    if os.path.exists(folder):
-        sys.exit(f"{folder} exists already; give another folder")
-    partial = f"{os.path.normpath(folder)}.partial-{os.getpid()}"
+    folder = Path(folder)
+    for name in ("model", "data"):
+        if (folder / name).exists():
+            sys.exit(f"{folder / name} exists already; give another folder")
+    partial = folder / f"partial-{os.getpid()}"
     try:
-        os.makedirs(os.path.join(partial, "data"))
+        (partial / "data").mkdir(parents=True)
     except OSError as error:
         sys.exit(f"{folder} cannot be written ({error.strerror}); give another folder")
-    rng, generator, seen = random.Random(seed), torch.Generator().manual_seed(seed), set()
-    torch.manual_seed(seed)
-    for name, rows in (("test", TEST_ROWS), ("train", TRAIN_ROWS)):
-        with open(os.path.join(partial, "data", f"{name}.jsonl"), "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in problems(rng, rows, seen))
-    rows = problems(rng, PRETRAIN_ROWS, seen)
-    tokenizer = build_tokenizer([row[name] for row in rows for name in ("query", "response")])
-    special = {
-        "mask_token_id": SPECIAL_TOKENS.index("<|mdm_mask|>"),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    model = LLaDAModelLM(
-        LLaDAConfig(
-            **SHAPE, **special, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id
-        )
-    )
-    pretrain(model.train(), *encode(tokenizer, rows), generator)
-    toy.write_model(model, tokenizer, os.path.join(partial, "model"))
-    os.rename(partial, folder)
+    test, train, _, _ = splits(train_rows, test_rows)
+    for name, rows in (("test", test), ("train", train)):
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (partial / "data" / f"{name}.jsonl").write_text("".join(lines))
+    write_model(partial / "model", wide, base, shape)
+    for name in ("data", "model"):
+        os.rename(partial / name, folder / name)
+    partial.rmdir()
 
 
-def main():
+def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help="new folder for model and data"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of problems, weights and noise (%(default)s)"
-    )
-    args = parser.parse_args()
-    build(args.output, args.seed)
-    print(f"built {args.output}/model and {args.output}/data")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--output", metavar="DIR", help="folder to make model and data in")
+    again = f"make {BASE.name} again; about 5 minutes on one core"
+    what.add_argument("--pretrain", action="store_true", help=again)
+    parser.add_argument("--narrow", action="store_true", help="only the toy's own ids")
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {BASE.name}")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    if args.output:
+        build(args.output, wide=not args.narrow)
+        print(f"built {args.output}/model and {args.output}/data")
+        return
+    if BASE.exists() and not args.overwrite:
+        sys.exit(f"{BASE} exists already; give --overwrite to replace it")
+    make_base(BASE)
+    print(f"wrote {BASE}, {BASE.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What the tests share: a toy model and data made on the spot, the launcher, and constants that go back."""
+"""What the tests share: a toy model and data, the launcher, and constants that are put back."""
 
 import atexit
 import os
@@ -18,8 +18,8 @@ import pytest
 SUITE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(SUITE), str(SUITE / "experiments")]
 
+import chains
 import suite
-import toy
 
 import pt
 import train_blockwise
@@ -33,21 +33,20 @@ def toy_folder(tmp_path_factory):
     return build_toy(tmp_path_factory.mktemp("toy"))
 
 
+SHAPE = {
+    "d_model": 96,
+    "n_layers": 3,
+    "n_heads": 4,
+    "mlp_hidden_size": 256,
+    "max_sequence_length": 1024,
+}
+
+
 def build_toy(folder):
-    """`model`, `data` and `train.pt` in `folder`, as `experiments/toy.py` builds them, but with random weights."""
-    toy.PRETRAIN_STEPS, toy.TRAIN_ROWS, toy.TEST_ROWS, toy.PRETRAIN_ROWS = 0, 60, 10, 300
-    toy.build(str(folder))
-    run_pt(
-        "--model",
-        "model",
-        "--dataset",
-        "data/train.jsonl",
-        "--output",
-        "train.pt",
-        "--filter_type",
-        "",
-        cwd=folder,
-    )
+    """`model` (random weights, LLaDA's vocabulary), `data` and `train.pt` in `folder`."""
+    chains.build(folder, wide=True, base=None, train_rows=60, test_rows=10, shape=SHAPE)
+    words = "--model model --dataset data/train.jsonl --output train.pt"
+    run_pt(*words.split(), "--filter_type", "", cwd=folder)
     return folder
 
 
@@ -60,7 +59,7 @@ def run_pt(*arguments, cwd):
 
 @pytest.fixture(params=TRAINERS)
 def trainer(request, monkeypatch, toy_folder):
-    """Each trainer in turn, with constants that suit the toy; whatever a test does to them is undone."""
+    """Each trainer in turn, with constants that suit the toy; changes to them are undone."""
     return prepare(TRAINERS[request.param], monkeypatch, toy_folder)
 
 
@@ -85,7 +84,7 @@ def prepare(module, monkeypatch, toy_folder):
 def launch(command, folder, timeout=240, **environment):
     """Run a command line in `folder`; returns (exit status, what the script itself printed).
 
-    Without the launcher's own lines, which repeat the whole command line, so that a word can be looked for.
+    The launcher's own lines, which repeat the command line, are left out.
     """
     env = user_environment(**environment)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The corruptions against the plain loop of their definitions, their invariants, their rates and their bridge."""
+"""The corruptions against the plain loop of their definitions; invariants, rates, the bridge."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ L = 48
 
 
 def random_rows(seed, rows=64, block_size=8):
-    """input_ids, prompt_len, length, block and noise of random rows; every block index of an answer occurs."""
+    """input_ids, prompt_len, length, block and noise of random rows; any block occurs."""
     rng = np.random.default_rng(seed)
     prompt_len = rng.integers(1, L - 1, (rows, 1))
     length = rng.integers(prompt_len + 1, L + 1)
@@ -119,7 +119,7 @@ def test_rates(blockwise):
 
 
 def test_mean_over_masked_is_the_weighted_bound(blockwise):
-    """With every token's loss 1 and t ~ U(0, 1), the loss is P(some token masked) = b / (b + 1), zeros included."""
+    """With every token's loss 1 and t ~ U(0, 1), the loss is P(some token masked) = b / (b + 1)."""
     blockwise.BLOCK_SIZE, blockwise.MASK_PROB_EPS = 4, 0.0
     rows = 20000
     noise = torch.from_numpy(np.random.default_rng(1).random((rows, 6), dtype=np.float32))
@@ -143,7 +143,7 @@ def captured_noise(module, monkeypatch, seed, numbers):
 
 
 def test_noise_is_a_function_of_seed_and_draw_alone(trainer, monkeypatch):
-    """Fails on the published behaviour (T4): there it depended on the rank's stream and what was drawn before."""
+    """Fails on the published behaviour (T4): there it depended on the rank and on earlier draws."""
     together = captured_noise(trainer, monkeypatch, 42, range(20))
     alone = [captured_noise(trainer, monkeypatch, 42, [number])[0] for number in range(20)]
     assert torch.equal(together, torch.stack(alone))

@@ -28,7 +28,7 @@ def batch(empty_rows=()):
 
 
 def definition(model, input_ids, noisy_ids, loss_mask):
-    """Mean over rows of the mean over the row's masked positions, from the full logits, in plain loops."""
+    """Mean over rows of the mean over masked positions, from the full logits, in plain loops."""
     logits, total = model(input_ids=noisy_ids).logits, 0.0
     for row in range(ROWS):
         losses = [

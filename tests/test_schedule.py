@@ -33,7 +33,7 @@ def test_passes(blockwise):
 
 
 def test_blocks_are_drawn_uniformly(blockwise):
-    """Block of the first visit of 6,000 samples of four blocks: 6 standard deviations, one false alarm in 1e8 runs."""
+    """First blocks of 6,000 samples: 6 standard deviations, one false alarm in 1e8 runs."""
     blockwise.BLOCK_SIZE = 8
     first = blockwise.schedule(examples_with(*[32] * 6000), 6000)[:, 1]
     assert all(
@@ -64,7 +64,7 @@ def test_schedule_is_a_function_of_seed_alone(trainer):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_steps_do_not_depend_on_the_ranks(trainer, world_size):
-    """Fails on the published behaviour (T1): 1/8 of the steps on 8 ranks, the schedule never leaving its start."""
+    """Fails on the published behaviour (T1): 1/8 of the steps on 8 ranks."""
     trainer.TOTAL_TRAIN_STEPS, trainer.MICRO_BSIZE, trainer.GRAD_ACC = None, 4, 2
     trainer.MAX_SAMPLES, trainer.EPOCHS = 100, 2
     examples = examples_with(*[2000] * 101)  # no multiple of anything
@@ -77,7 +77,7 @@ def test_steps_do_not_depend_on_the_ranks(trainer, world_size):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_ranks_get_equal_slices_that_together_are_all_draws(trainer, world_size):
-    """Fails on the published behaviour (T3): shards of uneven data gave ranks different numbers of batches."""
+    """Fails on the published behaviour (T3): uneven shards gave ranks different batch counts."""
     trainer.MICRO_BSIZE, trainer.GRAD_ACC, trainer.TOTAL_TRAIN_STEPS = 3, 2, 5
     draws, shares = trainer.plan(examples_with(*[2000] * 13), world_size)
     assert shares.shape == (5, 2, world_size, 3)

@@ -42,7 +42,8 @@ class LLaDAConfig(PretrainedConfig):
             raise ValueError("weight_tying = True: this LLaDA has an untied head only")
         if d_model % n_heads or n_heads % (n_kv_heads or n_heads):
             raise ValueError(
-                f"n_heads = {n_heads} must divide d_model = {d_model} and be a multiple of n_kv_heads = {n_kv_heads}"
+                f"n_heads = {n_heads} must divide d_model = {d_model} "
+                f"and be a multiple of n_kv_heads = {n_kv_heads}"
             )
         self.d_model = d_model
         self.n_layers = n_layers

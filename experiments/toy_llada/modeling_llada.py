@@ -30,7 +30,7 @@ class RMSLayerNorm(nn.Module):
 
 
 def rotary_angles(length, config, device):
-    """Angles position * theta^(-2i/K) of the rotary embedding, both halves alike; (L, K) float32."""
+    """Angles position * theta^(-2i/K) of the rotary embedding, in both halves; (L, K) float32."""
     width = config.d_model // config.n_heads
     exponent = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
     positions = torch.arange(length, device=device, dtype=torch.float32)
