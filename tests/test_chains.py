@@ -124,7 +124,7 @@ def test_pretraining_lowers_the_loss(folders):
     before = loss()
     chains.pretrain(model, ids, prompt_len, 40, 4e-3, torch.Generator().manual_seed(0))
     whole = torch.tensor(float(chains.LLaDAConfig().embedding_size)).log().item()
-    assert before == pytest.approx(whole, rel=0.05) and loss() < 0.7 * before
+    assert before == pytest.approx(whole, rel=0.05) and loss() < 0.85 * before
 
 
 def test_nothing_is_overwritten(folders, capsys, monkeypatch):
