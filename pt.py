@@ -77,6 +77,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
 
 import datasets
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -116,9 +117,8 @@ def load_tokenizer(model, revision="main"):
             model, revision=revision, trust_remote_code=True, fix_mistral_regex=False
         )
     except Exception as error:  # the hub, the folder and remote code fail in many ways
-        sys.exit(
-            f"--model {model!r} cannot be loaded ({first_line(error)}); give a hub id or folder"
-        )
+        why = first_line(error)
+        sys.exit(f"--model {model}: no tokenizer there ({why}); give a hub id or a model folder")
     if not tokenizer.is_fast:
         sys.exit(f"--model {model} has no fast tokenizer; give a model with a tokenizer.json")
     if not tokenizer.chat_template:
@@ -156,10 +156,9 @@ def load_rows(dataset, split):
             f"--dataset {dataset} --split {split!r} cannot be read ({cause}); "
             "give a hub id, a folder or a file, and one of its splits"
         )
-    missing = [name for name in ("query", "response") if name not in rows.column_names]
-    if missing:
+    if not {"query", "response"} <= set(rows.column_names):
         columns = ", ".join(rows.column_names)
-        sys.exit(f"--dataset {dataset} has no {' or '.join(missing)} among its columns: {columns}")
+        sys.exit(f"--dataset {dataset}: rename its columns ({columns}) to query and response")
     return rows
 
 
@@ -187,9 +186,7 @@ def find_trailing_header(tokenizer):
     except Exception:  # a template is a program and can fail in any way
         return ""
     header = answer_text.partition(probe)[0].removeprefix(tokenizer.bos_token or "")
-    if question_text.endswith(header):
-        return header
-    return ""
+    return header if question_text.endswith(header) else ""
 
 
 def render(tokenizer, header, queries, responses):
@@ -231,7 +228,7 @@ def encode(tokenizer, prompts, texts, max_len):
     """
     # Differs from the published script (P6): there the prompt was also encoded alone. That is off
     # by one where a token spans the boundary, and gives 2 for every row on transformers 5.
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     samples = []
     for prompt, ids, encoding in zip(prompts, encoded["input_ids"], encoded.encodings, strict=True):
         if len(ids) > max_len:
@@ -307,8 +304,9 @@ def to_tensors(samples):
     """
     if not samples:
         return []
-    joined = torch.tensor([token for _, ids in samples for token in ids])
-    pieces = joined.split([len(ids) for _, ids in samples])
+    arrays = [np.array(ids) for _, ids in samples]
+    joined = torch.from_numpy(np.concatenate(arrays))
+    pieces = joined.split([len(array) for array in arrays])
     return [
         {"prompt_len": prompt_len, "full_ids": full_ids}
         for (prompt_len, _), full_ids in zip(samples, pieces, strict=True)

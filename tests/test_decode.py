@@ -433,7 +433,7 @@ def test_help_and_wrong_flags_are_answered_before_the_slow_imports(script):
         (["--prompt", "x", "--threshold", "2"], "threshold 2.0 must be between 0 and 1"),
         (["--prompt", "x", "--device", "moon"], "--device moon cannot be used"),
         (["--prompt="], "--prompt is empty"),
-        (["--prompt", "x"], "--model 'none' cannot be loaded"),
+        (["--prompt", "x"], "--model none: no tokenizer there"),
     ],
 )
 def test_mistakes_end_in_one_message(words, message, capsys):
