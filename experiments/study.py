@@ -45,16 +45,16 @@ STUDIES = {  # what `compared` makes of them: below
 
 # What holds if no flag says otherwise: on the toy, and as in the paper if --model is given
 TOY = {
-    "steps": 400,
+    "steps": 200,
     "block_size": 16,
     "block_sizes": [8, 16, 32],
     "gen_length": 64,
     "tokens_per_step": [2, 4, 8],
 }
-TOY_CONSTANTS = {
-    "MICRO_BSIZE": 16,
-    "LR": 1e-3,
-    "LORA_RANK": 16,
+TOY_CONSTANTS = {  # as in toy.py
+    "MICRO_BSIZE": 8,
+    "LR": 4e-3,
+    "LORA_RANK": 32,
     "MAX_LEN": 112,
     "MAX_SAMPLES": 8000,
 }
@@ -154,7 +154,7 @@ def add_run_flags(parser):
     """Add the flags on how the runs are done."""
     parser.add_argument("--seeds", type=int, default=5, help="runs per setting (%(default)s)")
     parser.add_argument(
-        "--batch_size", type=int, default=100, help="answers decoded at a time (%(default)s)"
+        "--batch_size", type=int, default=50, help="answers decoded at a time (%(default)s)"
     )
     parser.add_argument(
         "--num_gpus", type=int, default=1, help="per run, through the launcher (%(default)s)"
