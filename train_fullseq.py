@@ -84,16 +84,18 @@ def read_overrides(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the launcher
     for name in CONSTANTS:
-        parser.add_argument(f"--{name}", nargs="?", const="", help=f"now {globals()[name]}")
+        default = str(globals()[name]).replace("%", "%%")
+        parser.add_argument(f"--{name}", nargs="?", const="", help=f"now {default}")
     given, unknown = parser.parse_known_args(argv)
-    for name in CONSTANTS:
+    for name in [name for name in CONSTANTS if getattr(given, name) is not None]:
         value = getattr(given, name)
-        if value is not None:
-            kind = type(globals()[name])
-            globals()[name] = value.split(",") if kind is list else value
-            if kind not in (list, str):
-                with suppress(ValueError, SyntaxError):  # then check_constants refuses the text
-                    globals()[name] = ast.literal_eval(value)
+        kind = type(globals()[name])
+        if kind is list:
+            value = value.split(",")
+        elif kind is not str:
+            with suppress(ValueError, SyntaxError):  # check_constants refuses what stays text
+                value = ast.literal_eval(value)
+        globals()[name] = value
     flags = [word for word in unknown if word.startswith("--")]  # without their values
     return [f"{flag}: no constant of this script; see --help" for flag in flags or unknown]
 
@@ -171,8 +173,8 @@ def plan(examples, world_size):
     max_steps = TOTAL_TRAIN_STEPS or MAX_SAMPLES * EPOCHS // (MICRO_BSIZE * GRAD_ACC)
     draws = schedule(examples, max_steps * global_batch)
     steps = len(draws) // global_batch  # fewer than max_steps if the blocks run out
-    numbers = np.arange(steps * global_batch)
-    return draws, numbers.reshape(steps, GRAD_ACC, world_size, MICRO_BSIZE)
+    shape = (steps, GRAD_ACC, world_size, MICRO_BSIZE)
+    return draws, np.arange(math.prod(shape)).reshape(shape)
 
 
 def make_batch(examples, draws, numbers, pad_id):
@@ -181,8 +183,8 @@ def make_batch(examples, draws, numbers, pad_id):
     The noise of a draw depends on SEED and its number alone, whatever rank it falls to (T4).
     """
     rows = [examples[sample] for sample in draws[numbers, 0]]
-    input_ids = [pad(ids, (0, MAX_LEN - len(ids)), value=pad_id) for _, ids in rows]
-    input_ids = torch.stack(input_ids)  # (B, L)
+    padded = [pad(ids, (0, MAX_LEN - len(ids)), value=pad_id) for _, ids in rows]
+    input_ids = torch.stack(padded)  # (B, L)
     prompt_len = torch.tensor([[prompt_len] for prompt_len, _ in rows])  # (B, 1)
     length = torch.tensor([[len(ids)] for _, ids in rows])  # (B, 1)
     block = torch.from_numpy(draws[numbers, 1:])  # (B, 1)
@@ -304,8 +306,7 @@ def save_merged(model, tokenizer, folder):
             w = layer.base_layer.weight.float()
             a = layer.lora_A["default"].weight.float()
             b = layer.lora_B["default"].weight.float()
-            merged = w + layer.scaling["default"] * b @ a
-            weights[f"{name}.weight"] = merged.bfloat16().cpu()
+            weights[f"{name}.weight"] = (w + layer.scaling["default"] * b @ a).bfloat16().cpu()
     base.save_pretrained(folder, state_dict=weights)
     base.config.dtype = torch.bfloat16  # save_pretrained has written that of the computation
     base.config.save_pretrained(folder)
@@ -314,8 +315,8 @@ def save_merged(model, tokenizer, folder):
 
 def save_checkpoint(model, tokenizer, path, state):
     """Rank 0 writes the merged model to `path`, which appears when it is complete; others wait."""
-    if dist.get_rank() == 0 and not os.path.exists(path):  # saved before a kill
-        shutil.rmtree(state / "checkpoint", ignore_errors=True)  # of a kill
+    if dist.get_rank() == 0 and not os.path.exists(path):  # or a killed run saved it
+        shutil.rmtree(state / "checkpoint", ignore_errors=True)  # what a kill left
         try:
             save_merged(model, tokenizer, state / "checkpoint")
             os.sync()
@@ -435,8 +436,9 @@ def check_model(model):
         print(f"LoRA on {count} layers {target}")
     if not deepspeed.get_accelerator().is_bf16_supported():
         problems.append("this GPU has no bf16; Ampere and later ones have it")
-    folder = os.path.dirname(os.path.abspath(CKPT_DIR))
-    os.makedirs(folder, exist_ok=True)
+    folder = Path(CKPT_DIR).absolute()
+    while not folder.exists():
+        folder = folder.parent
     needed = 2 * model.num_parameters()  # bytes of a checkpoint
     if shutil.disk_usage(folder).free < needed:
         problems.append(f"{CKPT_DIR = }: a checkpoint takes {needed / 1e9:.1f} GB; free some space")
@@ -481,8 +483,7 @@ def init_distributed():
 def describe_run(examples, draws, numbers):
     """Everything that decides the result, and what the run amounts to, for run_config.json."""
     samples = sum(prompt_len < len(ids) for prompt_len, ids in examples)
-    micro_batches = numbers.reshape(-1, MICRO_BSIZE)
-    loss_masks = (make_batch(examples, draws, part, pad_id=0)[2] for part in micro_batches)
+    batches = (make_batch(examples, draws, n, 0) for n in numbers.reshape(-1, MICRO_BSIZE))
     return {
         "script": os.path.basename(__file__),
         **{name: globals()[name] for name in CONSTANTS},
@@ -500,7 +501,7 @@ def describe_run(examples, draws, numbers):
             "draws_left_out": len(draws) - numbers.size,
             "passes": round(numbers.size / samples, 2),
             "forward_tokens": numbers.size * MAX_LEN,
-            "supervised_tokens": sum(int(mask.sum()) for mask in loss_masks),
+            "supervised_tokens": sum(int(loss_mask.sum()) for *_, loss_mask in batches),
         },
     }
 

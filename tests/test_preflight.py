@@ -314,6 +314,14 @@ def test_help_and_wrong_flags_come_before_the_slow_imports(name):
     assert "ModuleNotFoundError" in without_libraries(name, "--LR", "1e-4").stderr
 
 
+def test_help_survives_a_percent_sign(trainer, capsys):
+    """argparse expands % in help texts."""
+    trainer.CKPT_DIR = "ckpts_50%_%(x)s"
+    with pytest.raises(SystemExit) as ended:
+        trainer.read_overrides(["--help"])
+    assert ended.value.code == 0 and "ckpts_50%_%(x)s" in capsys.readouterr().out
+
+
 def test_importing_does_nothing(tmp_path):
     """Fails on the published behaviour (T15): importing wrote ds_zero2.json, on every rank."""
     code = "import train_blockwise, train_fullseq, torch.distributed as dist; "
@@ -359,6 +367,7 @@ def test_a_full_disk_is_seen_before_training(trainer, monkeypatch, tmp_path):
     monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: free)
     (problem,) = trainer.preflight(1)
     assert "CKPT_DIR" in problem and "a checkpoint takes 0.0 GB" in problem
+    assert not list(tmp_path.iterdir())  # a refused run leaves nothing
 
 
 @pytest.mark.parametrize(
