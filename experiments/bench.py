@@ -96,7 +96,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
 
-# ------- model and data
+# ------- model and data; bench_decode.py takes these from here, and the report
 def random_llada(shape, dtype):
     """A LLaDA on DEVICE with random weights; `shape` is a dict of LLaDAConfig's arguments."""
     torch.manual_seed(0)

@@ -146,10 +146,7 @@ def decode(
             x0 = sample_tokens(logits, counts, generators, temperature)  # (M,)
             if confidence_eos_eot_inf:
                 logits[:, end_ids] = -math.inf
-            if remasking == "low_confidence":
-                confidence = log_odds(logits, x0)  # (M,)
-            else:
-                confidence = random_confidence(counts, generators)  # (M,)
+            confidence = score(logits, x0, counts, generators, remasking)  # (M,)
             del logits  # the next forward pass needs the memory
             transfer_index = most_confident(masked, confidence, num, threshold)  # (B, K)
             commit(canvas, active, masked, x0, transfer_index)
@@ -253,8 +250,10 @@ def uniform(shape, generator):
     return torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
 
 
-def random_confidence(counts, generators):
-    """A random number per masked position: (M,)."""
+def score(logits, x0, counts, generators, remasking):
+    """The confidence in each token of `x0` (M,), or a random number per position: (M,)."""
+    if remasking == "low_confidence":
+        return log_odds(logits, x0)
     parts = []
     for count, generator in zip(counts, generators, strict=True):
         parts.append(uniform((count,), generator))

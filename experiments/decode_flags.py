@@ -38,41 +38,20 @@ def add_model_flags(parser):
 
 def add_decoding_flags(parser):
     """Add the flags that say how the model decodes, to an ArgumentParser."""
-    parser.add_argument(
-        "--gen_length", type=int, default=256, help="longest answer, in tokens (%(default)s)"
-    )
-    parser.add_argument(
-        "--block_length",
-        type=int,
-        default=32,
-        help="tokens per block, 0 = the whole answer is one block (%(default)s)",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=128, help="denoising steps for the whole answer (%(default)s)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="of Gumbel noise, 0 = none (%(default)s)"
-    )
-    parser.add_argument(
-        "--remasking",
-        choices=REMASKING,
-        default=REMASKING[0],
-        help="commit the most confident positions first, or random ones (%(default)s)",
-    )
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        help="commit every token with a higher probability, whatever --steps (off)",
-    )
-    parser.add_argument("--logits_eos_inf", action="store_true", help="never predict <|endoftext|>")
-    parser.add_argument(
-        "--confidence_eos_eot_inf",
-        action="store_true",
-        help="with low_confidence: commit end tokens last in their block",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of noise and random remasking (%(default)s)"
-    )
+    add = parser.add_argument
+    add("--gen_length", type=int, default=256, help="longest answer, in tokens (%(default)s)")
+    block = "tokens per block, 0 = the whole answer is one block (%(default)s)"
+    add("--block_length", type=int, default=32, help=block)
+    add("--steps", type=int, default=128, help="denoising steps for the answer (%(default)s)")
+    add("--temperature", type=float, default=0.0, help="of Gumbel noise, 0 = none (%(default)s)")
+    remasking = "commit the most confident positions first, or random ones (%(default)s)"
+    add("--remasking", choices=REMASKING, default=REMASKING[0], help=remasking)
+    threshold = "commit every token with a higher probability, whatever --steps (off)"
+    add("--threshold", type=float, help=threshold)
+    add("--logits_eos_inf", action="store_true", help="never predict <|endoftext|>")
+    last = "with low_confidence: commit end tokens last in their block"
+    add("--confidence_eos_eot_inf", action="store_true", help=last)
+    add("--seed", type=int, default=0, help="of noise and random remasking (%(default)s)")
 
 
 def check_flags(parser, args):

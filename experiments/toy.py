@@ -40,7 +40,7 @@ BLOCK_SIZE = 16  # tokens, in training and decoding
 # Evaluation
 HELD_OUT_ROWS = 100  # test problems of the held-out loss
 DECODING = {
-    "limit": 100,  # test problems
+    "limit": 300,  # test problems
     "gen_length": chains.GEN_LENGTH,
     "block_length": BLOCK_SIZE,
     "steps": chains.GEN_LENGTH // 4,  # 4 tokens per step

@@ -73,15 +73,8 @@ def test_two_ranks_uneven_data_accumulation_and_an_early_end(toy_folder, tmp_pat
     blocks = sum(math.ceil((len(row["full_ids"]) - row["prompt_len"]) / block_size) for row in rows)
     steps = blocks // 8
     assert steps >= 3  # the first two have learning rate 0
-    constants = data(
-        toy_folder,
-        BLOCK_SIZE=block_size,
-        MICRO_BSIZE=2,
-        GRAD_ACC=2,
-        LR=1e-2,
-        TOTAL_TRAIN_STEPS=100,
-        SAVE_EVERY=2,
-    )
+    sizes = {"BLOCK_SIZE": block_size, "MICRO_BSIZE": 2, "GRAD_ACC": 2}
+    constants = data(toy_folder, **sizes, LR=1e-2, TOTAL_TRAIN_STEPS=100, SAVE_EVERY=2)
     (tmp_path / "ckpts_stagewise_sft_32_logs").mkdir()
     (tmp_path / "ckpts_stagewise_sft_32_logs" / "mine.txt").write_text("")  # a taken name
     command = [*launcher(2), SUITE / "train_blockwise.py", *constants, "--DATA_PT", "seven.pt"]

@@ -392,37 +392,16 @@ runpy.run_path({str(SUITE / "train_blockwise.py")!r}, run_name="__main__")"""
 def test_the_toys_own_checks(toy_folder):
     """The tests' model has LLaDA's ids and template, and its data fit MAX_LEN 256."""
     config = json.loads((toy_folder / "model" / "config.json").read_text())
-    assert (config["mask_token_id"], config["embedding_size"], config["model_type"]) == (
-        126336,
-        126464,
-        "llada",
-    )
+    assert (config["mask_token_id"], config["embedding_size"]) == (126336, 126464)
+    assert config["model_type"] == "llada"
     tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
-    names = [
-        "<|startoftext|>",
-        "<|endoftext|>",
-        "<|mdm_mask|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|eot_id|>",
-    ]
-    assert tokenizer.convert_tokens_to_ids(names) == [
-        126080,
-        126081,
-        126336,
-        126346,
-        126347,
-        126348,
-    ]
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
-        names[0],
-        names[1],
-        names[1],
-    )
+    names = "startoftext endoftext mdm_mask start_header_id end_header_id eot_id".split()
+    ids = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
+    assert ids == [126080, 126081, 126336, 126346, 126347, 126348]
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert ends == (126080, 126081, 126081)
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a\n\n\nb")
-    assert (
-        len(pieces) == 3 and len(tokenizer.tokenize("a\n\nb")) == 3
-    )  # runs of newlines stay whole
+    assert len(pieces) == 3 and len(tokenizer.tokenize("a\n\nb")) == 3  # newlines stay together
     chat = tokenizer.apply_chat_template([{"role": "user", "content": " x "}], tokenize=False)
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
     assert chat == f"<|startoftext|>{header.format('user')}x<|eot_id|>{header.format('assistant')}"

@@ -431,7 +431,7 @@ def test_failures_of_runs(args, failing, monkeypatch):
 # ------------------------------------------------------------------------------------ what came out
 
 
-def test_results_keep_what_other_studies_have_found(args, run, monkeypatch, tmp_path):
+def test_a_line_of_the_results(args, run, monkeypatch, tmp_path):
     fake_trainer(monkeypatch, 0, end_training)
     monkeypatch.setattr(study, "measure", measured(tmp_path))
     study.complete(run, args, TASK_OF_A_RUN)
@@ -459,6 +459,9 @@ def test_results_keep_what_other_studies_have_found(args, run, monkeypatch, tmp_
         "model": "m-0123",
     }
 
+
+def test_results_keep_what_other_studies_have_found(args, tmp_path):
+    rows = [{"study": "prefix", "model": "m-0123", "accuracy": 0.5}]
     path = tmp_path / "results.csv"
     before = [("suffix", "m-0123"), ("prefix", "m-0123"), ("suffix", "another")]
     with open(path, "w") as file:
