@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy, linear
 from toy_llada.configuration_llada import LLaDAConfig
 from toy_llada.modeling_llada import LLaDAModelLM
 
-V, ROWS, L = 50, 5, 12
+V, ROWS, L = 50, 5, 24
 
 
 @pytest.fixture
@@ -22,7 +22,9 @@ def model():
 def batch(empty_rows=()):
     torch.manual_seed(1)
     input_ids = torch.randint(V, (ROWS, L))
-    loss_mask = torch.rand(ROWS, L) < 0.4
+    loss_mask = torch.rand(ROWS, L) < 0.5
+    loss_mask[2] = torch.arange(L) == 7  # a row with one token
+    assert loss_mask.sum() > 32  # tokens: the loss is taken in pieces
     loss_mask[list(empty_rows)] = False
     return input_ids, input_ids.masked_fill(loss_mask, V - 1), loss_mask
 
