@@ -95,13 +95,13 @@ def test_names_that_are_taken(claimed, taken):
 def test_another_run_is_refused_and_named(trainer, claimed, tmp_path):
     claimed()
     before = contents(".")
-    trainer.LORA_RANK, trainer.LR = 8, 2e-3
+    trainer.LORA_RANK, trainer.LR, trainer.TOTAL_TRAIN_STEPS = 8, 2e-3, 2
     with pytest.raises(SystemExit, match=r"LORA_RANK was 4, now 8") as refused:
         claimed()
     message = str(refused.value)
     assert "LR was 1e-05, now 0.002" in message and "another CKPT_DIR" in message
     assert "\n" not in message and "run_logs" in message and "budget" not in message
-    trainer.LORA_RANK, trainer.LR = 4, 1e-5
+    trainer.LORA_RANK, trainer.LR, trainer.TOTAL_TRAIN_STEPS = 4, 1e-5, 3
     record = Path("run_logs/run_config.json")
     begun = record.read_text()
     record.write_text(json.dumps(json.loads(begun) | {"ONLY_THE_TWINS": 3}))
