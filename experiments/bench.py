@@ -10,6 +10,10 @@ A step is the trainer's train_step, in three forms that take turns in one proces
     suite       make_batch and supervised_loss of the trainer
     compiled    the same with COMPILE
 
+With --method fullseq also in two forms of train_lift.py, whose steps cost more:
+
+    lift, approximate       a scoring forward pass, or one pass for both (--forms suite,lift)
+
 Model, adapter, rows, masks, dropout, compute_dtype and the update by DeepSpeed are the same. The
 model is this suite's LLaDA with LLaDA's vocabulary and random weights; nothing is downloaded.
 
@@ -36,6 +40,7 @@ SHAPES = {  # arguments of LLaDAConfig, whose defaults are LLaDA-8B's
     "8b": {},
 }
 FORMS = ["published", "suite", "compiled"]
+LIFT_FORMS = ["lift", "approximate"]
 TIMED_STEPS = 2  # in each turn of a form, after one untimed step
 PAD_ID = 126081  # LLaDA's <|endoftext|>
 IGNORED = -100  # label of a position that is not in the loss
@@ -63,8 +68,9 @@ def parse_args(argv):
         if value < lowest:
             parser.error(f"--{name} {value}: must be at least {lowest}")
     for form in args.forms:
-        if form not in FORMS:
-            parser.error(f"--forms: {form!r} is none of {', '.join(FORMS)}")
+        known = FORMS + LIFT_FORMS if args.method == "fullseq" else FORMS
+        if form not in known:
+            parser.error(f"--forms: {form!r} is none of {', '.join(known)} ({args.method})")
     folder = os.path.dirname(args.output or "") or "."
     if args.output and (os.path.exists(args.output) or not os.access(folder, os.W_OK)):
         parser.error(f"--output {args.output}: exists, or cannot be written; give another file")
@@ -80,6 +86,7 @@ import deepspeed
 import numpy as np
 import suite  # noqa: F401 (the trainers are one folder up)
 import torch
+import train_lift
 from files import write_json
 from torch.nn.functional import cross_entropy
 from torch.utils.benchmark import Timer
@@ -115,7 +122,7 @@ def random_examples(rows, length):
 
 def set_constants(args, trainer):
     """Give the trainer this run's constants."""
-    trainer.MAX_LEN = args.length
+    trainer.MAX_LEN = train_lift.MAX_LEN = args.length
     trainer.MICRO_BSIZE = args.batch
     trainer.GRAD_ACC = 1
     trainer.LORA_RANK = args.lora_rank
@@ -181,6 +188,10 @@ def take_step(form, trainer, *arguments):
     if form == "published":
         make_batch = partial(published_batch, trainer)
         supervised_loss = published_loss
+    if form in LIFT_FORMS:
+        train_lift.APPROXIMATE = form == "approximate"
+        make_batch = train_lift.make_batch
+        supervised_loss = train_lift.supervised_loss
     functions = patch.multiple(trainer, make_batch=make_batch, supervised_loss=supervised_loss)
     stance = torch.compiler.set_stance("default" if form == "compiled" else "force_eager")
     with functions, stance:

@@ -156,25 +156,26 @@ def draw_studies(rows, folder):
 def draw_study(study, rows):
     """A figure of one study's `rows`, with a panel for each way of decoding."""
     labels = list(dict.fromkeys(label(row) for row in rows if row["method"] != "base"))
-    block_lengths = sorted({way_of(row)[0] for row in rows})
-    tokens_per_step = sorted({way_of(row)[1] for row in rows})
+    decodings = list(dict.fromkeys(decoding_name(row) for row in rows))
+    tokens_per_step = sorted({int(row["tokens_per_step"]) for row in rows})
     width = len(tokens_per_step) * (1.1 + 0.75 * len(labels))
-    height = 2.8 * len(block_lengths)
+    height = 2.8 * len(decodings)
     figure = Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(len(block_lengths), len(tokens_per_step), squeeze=False)
-    ways = product(block_lengths, tokens_per_step)
-    for axes, way in zip(panels.flat, ways, strict=True):
-        draw_panel(axes, [row for row in rows if way_of(row) == way], labels)
-        title = "decoding block {}, {} tokens per step".format(*way)
-        axes.set_title(title, fontsize="small")
+    panels = figure.subplots(len(decodings), len(tokens_per_step), squeeze=False)
+    ways = product(decodings, tokens_per_step)
+    for axes, (decoding, tokens) in zip(panels.flat, ways, strict=True):
+        alike = [row for row in rows if decoding_name(row) == decoding]
+        draw_panel(axes, [row for row in alike if int(row["tokens_per_step"]) == tokens], labels)
+        axes.set_title(f"{decoding}, {tokens} tokens per step", fontsize="small")
     figure.supylabel("accuracy (%)", fontsize="medium")
     figure.suptitle(study, fontsize="medium")
     return figure
 
 
-def way_of(row):
-    """A way of decoding: block length and tokens per step."""
-    return int(row["block_length"]), int(row["tokens_per_step"])
+def decoding_name(row):
+    """How the answers of a line were decoded, without the tokens per step."""
+    last = ", end tokens last" if row.get("end_tokens_last") in (1, "1") else ""
+    return f"decoding block {row['block_length']}{last}"
 
 
 def label(row):

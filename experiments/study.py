@@ -41,6 +41,8 @@ STUDIES = {  # what `compared` makes of them: below
     "prefix": "PREFIX_MASK_RATE 0, 0.1, 0.2, 0.5",
     "suffix": "SUFFIX_MASK_PROB 1, 0.5, 0",
     "padding": "MASK_PADDING False, True, both methods",
+    "lift": "LIFT, its variants, and inside the active block: equal steps, equal compute",
+    "controls": "what makes the difference: loss, place, block size; decoding without blocks",
 }
 
 # What holds if no flag says otherwise: on the toy, and as in the paper if --model is given
@@ -69,9 +71,10 @@ PAPER_CONSTANTS = {"MAX_SAMPLES": 20000}  # as many rows as pt.py keeps
 
 PLACES = ("MODEL_NAME", "DATA_PT", "CKPT_DIR")  # constants that do not change a run's result
 OWN = (*PLACES, "MODEL_REVISION", "SEED", "TOTAL_TRAIN_STEPS", "BLOCK_SIZE", "SAVE_EVERY")
+SHARED = ("LR", "LORA_RANK", "TARGET_MODS")  # LIFT's are those of the others unless given
 COLUMNS = (  # of results.csv
-    "study method setting seed block_length tokens_per_step gen_length accuracy exact_match count "
-    "loss supervised_tokens train_steps seconds decoding_seconds model"
+    "study method setting seed block_length end_tokens_last tokens_per_step gen_length accuracy "
+    "exact_match count loss supervised_tokens train_steps seconds decoding_seconds model"
 ).split()
 
 # ----------------------------------------------------------------------------------------- flags
@@ -214,6 +217,8 @@ import evaluate
 import plot
 import suite
 import torch
+import train_control
+import train_lift
 from files import digest, file_digest, write_json, write_text
 from tqdm import tqdm
 from transformers import logging
@@ -221,13 +226,20 @@ from transformers import logging
 import train_blockwise
 import train_fullseq
 
-TRAINERS = {"blockwise": train_blockwise, "fullseq": train_fullseq}
+TRAINERS = {  # whose constants a method has; that of a control is started by train_control.py
+    "blockwise": train_blockwise,
+    "fullseq": train_fullseq,
+    "lift": train_lift,
+    "causal": train_blockwise,
+    "span": train_blockwise,
+    "lift-block": train_lift,
+}
 
 
 def check_constants(constants):
     """End with a message if a value is not one that all trainers take."""
     problems = []
-    for trainer in TRAINERS.values():
+    for trainer in dict.fromkeys(TRAINERS.values()):
         before = {name: getattr(trainer, name) for name in trainer.CONSTANTS}
         for name, value in constants.items():
             if name in trainer.CONSTANTS:
@@ -331,7 +343,34 @@ def compared(args, lengths):
             *vary("blockwise", "MASK_PADDING", [False, True]),
             *vary("fullseq", "MASK_PADDING", [False, True]),
         ],
+        "lift": [
+            ("fullseq", {}),
+            ("blockwise", {}),
+            *equal_steps_and_compute("lift", steps, {}),
+            *equal_steps_and_compute("lift", steps, {"COMPONENTS": 2}),
+            ("lift", {"APPROXIMATE": True}),  # its only forward pass also scores
+            *equal_steps_and_compute("lift-block", steps, {}),
+        ],
+        "controls": [
+            ("blockwise", {}),
+            ("fullseq", {}),
+            ("causal", {}),
+            ("span", {}),
+            *vary("blockwise", "BLOCK_SIZE", [1, number(args, "MAX_LEN")]),
+        ],
     }
+
+
+def equal_steps_and_compute(method, steps, changes):
+    """LIFT for `steps`, and for fewer, which take the compute of `steps` without scoring.
+
+    A step without scoring is a forward and a backward pass, which costs as much: the weights that
+    it passes are frozen. LIFT scores two thirds of its rows in a forward pass of their own, and
+    all rows if it has two components.
+    """
+    scored = 1 if changes.get("COMPONENTS") == 2 else 2 / 3
+    fewer = max(1, round(steps * 2 / (2 + scored)))
+    return [(method, changes), (method, {**changes, "TOTAL_TRAIN_STEPS": fewer})]
 
 
 def vary(method, name, values):
@@ -359,24 +398,33 @@ def make_arms(args, task):
     """The settings of all studies, the base first in each.
 
     Returns:
-        a list of dicts: study, method, setting (its name), block_lengths to decode with, and its
-        runs, see `make_runs`.
+        a list of dicts: study, method, setting (its name), ways of decoding, each (block_length,
+        end_tokens_last, tokens_per_step), and its runs, see `make_runs`.
     """
     table = compared(args, task["lengths"])
     arms = []
     for study in args.studies:
-        block_lengths = args.block_sizes if study == "block-size" else [args.block_size]
+        blocks = [(args.block_size, False)]
+        if study == "block-size":
+            blocks = [(block_length, False) for block_length in args.block_sizes]
+        if study == "controls":  # also as one block, which is decoding without blocks
+            blocks += [(args.gen_length, False), (args.gen_length, True)]
+        ways = [(*block, tokens) for block, tokens in product(blocks, args.tokens_per_step)]
         sizes = [changes.get("BLOCK_SIZE", args.block_size) for _, changes in table[study]]
         steps = common_steps(args, task["lengths"], sizes)
         for method, changes in [("base", {}), *table[study]]:
             constants = {"TOTAL_TRAIN_STEPS": steps}
-            if method == "blockwise":
+            if method not in ("base", "fullseq", "lift"):
                 constants["BLOCK_SIZE"] = args.block_size
+            if method in ("lift", "lift-block"):
+                constants |= {name: getattr(train_fullseq, name) for name in SHARED}
+                constants["TARGET_MODS"] = ",".join(train_fullseq.TARGET_MODS)
+                constants |= args.constants
             arm = {
                 "study": study,
                 "method": method,
                 "setting": setting_name(changes),
-                "block_lengths": block_lengths,
+                "ways": ways,
                 "runs": make_runs(args, task, method, constants | changes),
             }
             arms.append(arm)
@@ -384,9 +432,12 @@ def make_arms(args, task):
 
 
 def setting_name(changes):
-    """The name of a setting, from the constants that its study sets; steps are a column already."""
-    named = [f"{key}={value}" for key, value in changes.items() if key != "TOTAL_TRAIN_STEPS"]
-    return " ".join(named)
+    """The name of a setting, from the constants that its study sets."""
+    named = {key: value for key, value in changes.items() if key != "TOTAL_TRAIN_STEPS"}
+    words = [f"{key}={value}" for key, value in named.items()]
+    if "TOTAL_TRAIN_STEPS" in changes:
+        words.append(f"steps={changes['TOTAL_TRAIN_STEPS']}")
+    return " ".join(words)
 
 
 def make_runs(args, task, method, constants):
@@ -415,19 +466,22 @@ def all_constants(method, given):
 
 
 def unique_runs(arms):
-    """Each run of the arms once, with the `block_lengths` of all arms that have it."""
+    """Each run of the arms once, with the ways of decoding of all arms that have it."""
     runs = {}
     for arm in arms:
         for run in arm["runs"]:
-            unique = runs.setdefault(run["folder"], {**run, "block_lengths": set()})
-            unique["block_lengths"].update(arm["block_lengths"])
+            unique = runs.setdefault(run["folder"], {**run, "ways": set()})
+            unique["ways"].update(arm["ways"])
     return list(runs.values())
 
 
-def decoding_folder(args, task, folder, block_length, tokens_per_step):
+def decoding_folder(args, task, folder, way):
     """Where an evaluation of the run in `folder` is: its name has what decides it."""
-    way = f"gen{args.gen_length}-block{block_length}-tokens{tokens_per_step}"
-    return folder / f"{way}-{task['decoding']}"
+    block_length, end_tokens_last, tokens_per_step = way
+    name = f"gen{args.gen_length}-block{block_length}-tokens{tokens_per_step}"
+    if end_tokens_last:
+        name += "-last"
+    return folder / f"{name}-{task['decoding']}"
 
 
 # -------------------------------------------------------------------------------------- doing it
@@ -493,17 +547,17 @@ def complete(run, args, task):
     """
     run["folder"].mkdir(parents=True, exist_ok=True)
     missing = []
-    for block_length, tokens in product(sorted(run["block_lengths"]), args.tokens_per_step):
-        output = decoding_folder(args, task, run["folder"], block_length, tokens)
+    for way in sorted(run["ways"]):
+        output = decoding_folder(args, task, run["folder"], way)
         if not (output / "summary.json").exists():
-            missing.append((output, block_length, tokens))
+            missing.append((output, way))
     if not missing:
         return
     with open(run["folder"] / "log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             model = task["model"] if run["method"] == "base" else train(run, args, log)
-            for output, block_length, tokens in missing:
-                measure(model, output, block_length, tokens, args, task, log)
+            for output, way in missing:
+                measure(model, output, way, args, task, log)
         except SystemExit as error:  # it would end this process, which has other runs to do
             raise RuntimeError(f"{error.code}; see {log.name}") from error
     if args.remove_checkpoints and run["method"] != "base":
@@ -524,6 +578,9 @@ def train(run, args, log):
     folder = run["folder"]
     script = TRAINERS[run["method"]].__file__
     constants = run["constants"] | {"CKPT_DIR": "ckpt"}
+    if run["method"] in train_control.CONTROLS:
+        script = train_control.__file__
+        constants["CONTROL"] = run["method"]
     for _ in range(2):  # a second time, if a killed study's trainer came first and now has ended
         wait_for_trainer(folder)
         if find_checkpoint(folder) is None:
@@ -552,12 +609,13 @@ def find_checkpoint(folder):
     return max(folder.glob("ckpt_step*"), default=None)
 
 
-def measure(model, output, block_length, tokens_per_step, args, task, log):
+def measure(model, output, way, args, task, log):
     """Evaluate `model`: on a CPU in this process, which has loaded the libraries.
 
     Raises:
         SystemExit: if the evaluation fails.
     """
+    block_length, end_tokens_last, tokens_per_step = way
     steps_per_block = math.ceil(block_length / tokens_per_step)
     settings = {
         "model": model,
@@ -570,11 +628,14 @@ def measure(model, output, block_length, tokens_per_step, args, task, log):
     }
     if args.limit:
         settings["limit"] = args.limit
+    words = suite.flags(settings)
+    if end_tokens_last:
+        words.append("--confidence_eos_eot_inf")
     if args.num_gpus > 1 or torch.cuda.is_available():  # this process must not keep GPU memory
-        command = [*interpreter(args), evaluate.__file__, *suite.flags(settings)]
+        command = [*interpreter(args), evaluate.__file__, *words]
         suite.run(command, output=log, OMP_NUM_THREADS=str(threads(args)))
     else:
-        evaluate.main(suite.flags(settings))
+        evaluate.main(words)
     if not (output / "summary.json").exists():
         sys.exit(f"{output}: the evaluation failed")
 
@@ -586,18 +647,18 @@ def collect(args, task, arms):
     """The lines of results.csv, from what the runs have left; missing evaluations are left out."""
     rows = []
     for arm in arms:
-        for run, block_length, tokens in product(
-            arm["runs"], arm["block_lengths"], args.tokens_per_step
-        ):
-            output = decoding_folder(args, task, run["folder"], block_length, tokens)
+        for run, way in product(arm["runs"], arm["ways"]):
+            output = decoding_folder(args, task, run["folder"], way)
             if not (output / "summary.json").exists():
                 continue
             summary = json.loads((output / "summary.json").read_text())
+            block_length, end_tokens_last, tokens = way
             row = {
                 **arm,
                 **training_of(run["folder"]),
                 "seed": run["seed"],
                 "block_length": block_length,
+                "end_tokens_last": int(end_tokens_last),
                 "tokens_per_step": tokens,
                 "gen_length": args.gen_length,
                 "accuracy": summary["accuracy"],
@@ -648,10 +709,10 @@ def print_table(rows):
     """Print a line per setting and decoding block, with a column per number of tokens per step."""
     ways = sorted({row["tokens_per_step"] for row in rows})
     columns = [f"{way} per step" for way in ways]
-    table = [["study", "method", "setting", "decoding block", *columns, "supervised tokens"]]
+    table = [["study", "method", "setting", "decoding", *columns, "supervised tokens"]]
     groups = {}
     for row in rows:
-        key = (row["study"], row["method"], row["setting"], row["block_length"])
+        key = (row["study"], row["method"], row["setting"], plot.decoding_name(row))
         groups.setdefault(key, []).append(row)
     for key, group in groups.items():
         line = [str(word) for word in key]
@@ -670,11 +731,11 @@ def print_table(rows):
 
 def print_differences(rows):
     """Print how far each setting's accuracy is from that of its study's first, paired by seed."""
-    accuracy = {}  # of (study, setting), by (block_length, tokens_per_step) and seed
+    accuracy = {}  # of (study, setting), by way of decoding and seed
     for row in rows:
         if row["method"] != "base":
             arm = (row["study"], f"{row['method']} {row['setting']}".strip())
-            way = (row["block_length"], row["tokens_per_step"])
+            way = f"{plot.decoding_name(row)}, {row['tokens_per_step']} per step"
             seeds = accuracy.setdefault(arm, {}).setdefault(way, {})
             seeds[row["seed"]] = 100 * row["accuracy"]
     print("\ndifference to the first setting of the study in points, paired by seed: mean with its")
@@ -687,8 +748,7 @@ def print_differences(rows):
         for way, seeds in ways.items():
             others = reference.get(way, {})
             pairs = [seeds[seed] - others[seed] for seed in seeds if seed in others]
-            where = f"{study}: {setting}, decoding block {way[0]}, {way[1]} per step"
-            print(f"{where}: {show(pairs, '+')}")
+            print(f"{study}: {setting}, {way}: {show(pairs, '+')}")
 
 
 def show(values, sign=""):

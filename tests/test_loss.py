@@ -10,13 +10,17 @@ from toy_llada.modeling_llada import LLaDAModelLM
 V, ROWS, L = 50, 5, 24
 
 
-@pytest.fixture
-def model():
+def small_model():
     torch.manual_seed(0)
     config = LLaDAConfig(
         d_model=16, n_layers=2, n_heads=2, mlp_hidden_size=24, vocab_size=V, init_std=0.3
     )
     return LLaDAModelLM(config)
+
+
+@pytest.fixture
+def model():
+    return small_model()
 
 
 def batch(empty_rows=()):
