@@ -166,7 +166,7 @@ def draw_study(study, rows):
     for axes, (decoding, tokens) in zip(panels.flat, ways, strict=True):
         alike = [row for row in rows if decoding_name(row) == decoding]
         draw_panel(axes, [row for row in alike if int(row["tokens_per_step"]) == tokens], labels)
-        axes.set_title(f"{decoding}, {tokens} tokens per step", fontsize="small")
+        axes.set_title(f"decoding {decoding}, {tokens} tokens per step", fontsize="small")
     figure.supylabel("accuracy (%)", fontsize="medium")
     figure.suptitle(study, fontsize="medium")
     return figure
@@ -175,7 +175,7 @@ def draw_study(study, rows):
 def decoding_name(row):
     """How the answers of a line were decoded, without the tokens per step."""
     last = ", end tokens last" if row.get("end_tokens_last") in (1, "1") else ""
-    return f"decoding block {row['block_length']}{last}"
+    return f"block {row['block_length']}{last}"
 
 
 def label(row):

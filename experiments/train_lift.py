@@ -2,11 +2,10 @@
 
     deepspeed --num_gpus 8 experiments/train_lift.py     # or with --COMPONENTS 2 --CKPT_DIR lift_2
 
-Each training example is one whole answer, as in train_fullseq.py. It is first masked at a higher
-rate, and the tokens to learn are chosen by what the model gives them there:
+Each training example is one whole answer, masked twice:
 
-    prompt | answer, masked at rate t + rho | padding      scored without gradient
-    prompt | answer, only the chosen tokens masked | padding     about t of the answer, trained
+    prompt | answer, masked at rate t + rho | padding                 scored, without gradient
+    prompt | answer, the chosen tokens masked, about t | padding      trained
 
 At high t the easiest tokens are chosen, at low t the hardest, in between random ones (Parashar et
 al., "Learnability-Informed Fine-Tuning", arXiv 2605.22939, and its published code). `diff` with
@@ -81,8 +80,8 @@ LIMITS = [  # names, allowed types, lowest and highest value
     ("COMPONENTS", [int], 2, 3),
     ("GRAD_CLIP", [int, float], 0, 10**6),
     ("LORA_ALPHA", [int, float, type(None)], 0, 10**6),
-    ("TIME_SCALING APPROXIMATE MASK_PADDING", [bool], False, True),
-    ("COMPILE ACTIVATION_CHECKPOINTING", [bool], False, True),
+    ("MASK_PADDING COMPILE ACTIVATION_CHECKPOINTING", [bool], False, True),
+    ("TIME_SCALING APPROXIMATE", [bool], False, True),
 ]
 
 
@@ -196,21 +195,19 @@ def make_batch(examples, draws, numbers, pad_id):
     prompt_len = torch.tensor([[prompt_len] for prompt_len, _ in rows])  # (B, 1)
     length = torch.tensor([[len(ids)] for _, ids in rows])  # (B, 1)
     block = torch.from_numpy(draws[numbers, 1:])  # (B, 1)
-    size = 2 + 2 * MAX_LEN
-    noise = [np.random.default_rng((SEED, n)).random(size, np.float32) for n in numbers]
+    noise = [np.random.default_rng((SEED, n)).random(2 + 2 * MAX_LEN, np.float32) for n in numbers]
     noise = torch.from_numpy(np.stack(noise))  # (B, 2 + 2L)
     return input_ids, *corrupt(input_ids, prompt_len, length, block, noise)
 
 
 # ------- corruption and loss
 def corrupt(input_ids, prompt_len, length, block, noise):
-    """Mask every token of the answer at rate t + rho, and choose k of the masked tokens at random.
+    """Mask every token of the answer at rate t + rho, and choose k of those masked at random.
 
     input_ids (B, L); prompt_len, length and block (B, 1), whose block is always 0; noise
-    (B, 2 + 2L) ~ U(0, 1), whose first columns give t, the masks, rho and the random choice.
-    Returns noisy_ids (B, L), over_masked (B, L), True where a token of the answer is masked, t
-    (B, 1), weight (B, 1) of a chosen token's loss, and loss_mask (B, L), the random choice: its
-    k tokens are about t of the answer. supervised_loss chooses others where t is high or low.
+    (B, 2 + 2L) ~ U(0, 1) gives t, the masks, rho and the choice. Returns noisy_ids (B, L),
+    over_masked (B, L), True where the answer is masked, t (B, 1), the weight (B, 1) of a chosen
+    token in the loss, and loss_mask (B, L), the choice, which `band` may replace later.
     """
     pos = torch.arange(input_ids.shape[1])  # (L,)
     t_noise, mask_noise, rho_noise, choice_noise = noise.split([1, len(pos), 1, len(pos)], dim=1)
@@ -229,29 +226,24 @@ def corrupt(input_ids, prompt_len, length, block, noise):
 
 
 def lowest(scores, candidates, k):
-    """The k (B, 1) candidates (B, L) of each row with the lowest scores (B, L), or all; (B, L).
-
-    Of equal ones the first are taken, so that the choice does not depend on the batch.
-    """
+    """The k (B, 1) candidates (B, L) with a row's lowest scores, of equal ones the first."""
     rank = scores.masked_fill(~candidates, math.inf).argsort(dim=1, stable=True).argsort(dim=1)
     return candidates & (rank < k)
 
 
 def band(t):
-    """What is learnt at t: 1 the easiest tokens, -1 the hardest, 0 random ones; (B, 1).
-
-    This is the largest of t, 1 - t and, with three components, 3 t (1 - t).
-    """
-    border = 1 / COMPONENTS
-    return (t > 1 - border).long() - (t <= border).long()
+    """1 where the easiest tokens are learnt, -1 the hardest, 0 random ones: the largest weight of
+    t, 1 - t and, with three components, 3 t (1 - t); (B, 1)."""
+    return (t > 1 - 1 / COMPONENTS).long() - (t <= 1 / COMPONENTS).long()
 
 
 def token_nll(model, input_ids, noisy_ids, where):
     """Cross-entropy of the tokens at which `where` (B, L) is True, in their order; (M,)."""
     row, pos = where.nonzero(as_tuple=True)  # (M,) each, on the host
+    labels = input_ids[row, pos]  # (M,)
     head = model.get_output_embeddings()
-    tensors = (row, pos, input_ids[row, pos], noisy_ids)
-    row, pos, labels, noisy_ids = [tensor.to(head.weight.device) for tensor in tensors]
+    tensors = [tensor.to(head.weight.device) for tensor in (row, pos, labels, noisy_ids)]
+    row, pos, labels, noisy_ids = tensors
 
     def select(_, inputs):
         hidden = inputs[0]  # (B, L, D), or ids if the head is the embedding itself
@@ -268,8 +260,9 @@ def token_nll(model, input_ids, noisy_ids, where):
 
 
 @torch.no_grad()
-def score(model, input_ids, noisy_ids, over_masked, rows):
-    """Cross-entropy of the over-masked tokens of these rows (B,), without dropout; (B, L)."""
+def score(model, input_ids, noisy_ids, over_masked, t):
+    """Cross-entropy of the over-masked tokens, without dropout; 0 where none is needed; (B, L)."""
+    rows = band(t).flatten() != 0  # (B,) those whose choice is not random
     scores = torch.zeros(over_masked.shape)
     if rows.any():
         model.eval()
@@ -281,16 +274,14 @@ def score(model, input_ids, noisy_ids, over_masked, rows):
 
 def supervised_loss(model, input_ids, noisy_ids, over_masked, t, weight, loss_mask):
     """Mean over rows of the weighted cross-entropy of the tokens that a row learns; ()."""
-    k = loss_mask.sum(1, keepdim=True)  # (B, 1)
-    informed = band(t) != 0  # (B, 1)
     if APPROXIMATE:
         over_nll = token_nll(model, input_ids, noisy_ids, over_masked)
         scores = torch.zeros(over_masked.shape)
         scores[over_masked] = over_nll.detach().cpu()
     else:
-        scores = score(model, input_ids, noisy_ids, over_masked, informed.flatten())
-    chosen = lowest(band(t) * scores, over_masked, k)
-    chosen = torch.where(informed, chosen, loss_mask)  # (B, L)
+        scores = score(model, input_ids, noisy_ids, over_masked, t)
+    chosen = lowest(band(t) * scores, over_masked, loss_mask.sum(1, keepdim=True))  # (B, L)
+    chosen = torch.where(band(t) == 0, loss_mask, chosen)
     if APPROXIMATE:
         nll = over_nll[chosen[over_masked].to(over_nll.device)]
     else:

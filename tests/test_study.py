@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import chains
@@ -145,22 +146,61 @@ def test_each_study_changes_what_it_says():
 def test_every_training_block_is_decoded_with_every_block():
     args, arms = arms_of("block-size")
     assert len(arms) == 5
-    assert all(arm["block_lengths"] == args.block_sizes for arm in arms)
-    assert all(arm["block_lengths"] == [args.block_size] for arm in arms_of("prefix")[1])
+    every = list(product(args.block_sizes, [False], args.tokens_per_step))
+    assert all(arm["ways"] == every for arm in arms)
+    default = list(product([args.block_size], [False], args.tokens_per_step))
+    assert all(arm["ways"] == default for arm in arms_of("prefix")[1])
+
+
+def test_controls_are_also_decoded_without_blocks():
+    """With one block of 64 tokens, and with the end tokens last in it."""
+    _, arms = arms_of("controls", "--tokens_per_step", "4")
+    assert all(arm["ways"] == [(16, False, 4), (64, False, 4), (64, True, 4)] for arm in arms)
+    assert [arm["method"] for arm in arms[1:5]] == ["blockwise", "fullseq", "causal", "span"]
+    sizes = [given["BLOCK_SIZE"] for given in constants_of(arms, "controls", "blockwise")]
+    assert sizes == [16, 1, 112]
+
+
+def test_lift_takes_equal_steps_and_equal_compute():
+    """200 steps of 2 passes are 150 of 2 2/3 passes, and 133 of 3; the other trainers' settings."""
+    _, arms = arms_of("lift")
+    steps = {}
+    for arm in arms[1:]:
+        given = arm["runs"][0]["constants"]
+        steps[arm["method"], arm["setting"]] = given["TOTAL_TRAIN_STEPS"]
+        if arm["method"].startswith("lift"):
+            assert given["TARGET_MODS"] == ",".join(study.train_fullseq.TARGET_MODS)
+            assert (given["LR"], given["LORA_RANK"]) == (4e-3, 32)
+    assert steps == {
+        ("fullseq", ""): 200,
+        ("blockwise", ""): 200,
+        ("lift", ""): 200,
+        ("lift", "steps=150"): 150,
+        ("lift", "COMPONENTS=2"): 200,
+        ("lift", "COMPONENTS=2 steps=133"): 133,
+        ("lift", "APPROXIMATE=True"): 200,
+        ("lift-block", ""): 200,
+        ("lift-block", "steps=150"): 150,
+    }
+    args = study.parse_args("lift --model m --data d --test t".split())
+    task = TASK | {"constants": {"MASK_ID": 1}}
+    given = study.make_arms(args, task)[3]["runs"][0]["constants"]
+    assert (given["LR"], given["LORA_RANK"]) == (1e-5, 256)  # those of train_fullseq.py
 
 
 def test_shared_runs_are_trained_once():
     _, arms = arms_of("--seeds", "3")
     runs = study.unique_runs(arms)
     methods = [run["method"] for run in runs]
-    # the default, 2 other block sizes, 3 prefixes, 2 suffixes, padding
-    assert methods.count("blockwise") == 3 * 9
+    # the default, 4 other block sizes, 3 prefixes, 2 suffixes, padding
+    assert methods.count("blockwise") == 3 * 11
     # the default, equal tokens, padding
     assert methods.count("fullseq") == 3 * 3
     assert methods.count("base") == 1
     assert len({run["folder"] for run in runs}) == len(runs)
-    block_lengths = {run["method"]: run["block_lengths"] for run in runs[::-1]}
-    assert block_lengths["base"] == {8, 16, 32}
+    ways = {run["method"]: run["ways"] for run in runs[::-1]}
+    blocks = [(8, False), (16, False), (32, False), (64, False), (64, True)]
+    assert ways["base"] == {(*block, tokens) for block in blocks for tokens in (2, 4, 8)}
 
 
 def test_a_folder_is_that_of_its_model_data_and_constants():
@@ -212,7 +252,7 @@ def test_the_trainers_take_the_steps_that_are_planned(monkeypatch):
 def test_what_decides_an_evaluation_is_in_its_name(base, tmp_path):
     def name(*more):
         args = study.parse_args([*words(base, tmp_path, "prefix"), *more])
-        return study.decoding_folder(args, study.prepare(args), Path("run"), 8, 4).name
+        return study.decoding_folder(args, study.prepare(args), Path("run"), (8, False, 4)).name
 
     ways = [(), ("--limit", "3"), ("--batch_size", "7"), ("--gen_length", "32")]
     assert len({name(*way) for way in ways}) == len(ways)
@@ -299,7 +339,12 @@ def run(tmp_path):
     folder = tmp_path / "blockwise-seed1-0123"
     folder.mkdir()
     constants = {"LR": 1e-3, "SEED": 1}
-    return {"folder": folder, "method": "blockwise", "constants": constants, "block_lengths": {8}}
+    return {
+        "folder": folder,
+        "method": "blockwise",
+        "constants": constants,
+        "ways": {(8, False, 4)},
+    }
 
 
 def end_training(folder):
@@ -437,7 +482,7 @@ def test_a_line_of_the_results(args, run, monkeypatch, tmp_path):
     study.complete(run, args, TASK_OF_A_RUN)
     missing = {"folder": tmp_path / "blockwise-seed2-0123", "seed": 2}
     arm = {"study": "prefix", "method": "blockwise", "setting": "PREFIX_MASK_RATE=0.1"}
-    arm |= {"block_lengths": [8], "runs": [run | {"seed": 1}, missing]}
+    arm |= {"ways": [(8, False, 4)], "runs": [run | {"seed": 1}, missing]}
     rows = study.collect(args, TASK_OF_A_RUN, [arm])
     (row,) = rows
     assert row.pop("seconds") >= 0
@@ -447,6 +492,7 @@ def test_a_line_of_the_results(args, run, monkeypatch, tmp_path):
         "setting": "PREFIX_MASK_RATE=0.1",
         "seed": 1,
         "block_length": 8,
+        "end_tokens_last": 0,
         "tokens_per_step": 4,
         "gen_length": 16,
         "accuracy": 0.5,
@@ -487,8 +533,8 @@ def test_differences_are_paired_by_seed(capsys):
     study.print_table([base, *rows])
     study.print_differences([base, *rows])
     printed = capsys.readouterr().out
-    assert re.search(r"s +\| blockwise \| a +\| 8 +\| 60\.0 \+- 24\.8 \| 1,234\n", printed)
-    assert re.search(r"s +\| base +\| +\| 8 +\| 50\.0 +\|\n", printed)
+    assert re.search(r"s +\| blockwise \| a +\| block 8 +\| 60\.0 \+- 24\.8 \| 1,234\n", printed)
+    assert re.search(r"s +\| base +\| +\| block 8 +\| 50\.0 +\|\n", printed)
     # differences 1, 2 and 0 points: deviation 1, and Student's quantile for 2 degrees of freedom
     mean_and_half = f"+1.0 +- {4.303 / 3**0.5:.1f}"
     assert f"s: blockwise b, decoding block 8, 2 per step: {mean_and_half}\n" in printed

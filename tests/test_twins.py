@@ -1,4 +1,4 @@
-"""The two trainers differ in the method alone."""
+"""The trainers differ in the method alone: the two of the top level, and LIFT's."""
 
 import ast
 import difflib
@@ -8,6 +8,9 @@ from conftest import SUITE
 
 METHOD = {"schedule", "corrupt"}
 SOURCES = [(SUITE / f"train_{name}.py").read_text() for name in ("blockwise", "fullseq")]
+LIFT = (SUITE / "experiments" / "train_lift.py").read_text()
+LIFT_METHOD = {"make_batch", "corrupt", "supervised_loss"}
+LIFT_ADDED = ["lowest", "band", "token_nll", "score"]
 
 
 def functions(source):
@@ -24,16 +27,31 @@ def test_shared_functions_are_the_same_in_the_same_order():
     assert {name for name in blockwise if blockwise[name] != fullseq[name]} == METHOD
 
 
-def test_diff_is_short():
-    assert len(list(difflib.unified_diff(*[source.splitlines() for source in SOURCES], n=0))) <= 120
+def test_lift_has_the_functions_of_full_sequence_sft():
+    """In the same order, but for its method, whose further functions follow `corrupt`."""
+    fullseq, lift = functions(SOURCES[1]), functions(LIFT)
+    names = list(fullseq)
+    place = names.index("corrupt") + 1
+    assert list(lift) == names[:place] + LIFT_ADDED + names[place:]
+    assert {name for name in fullseq if fullseq[name] != lift[name]} == LIFT_METHOD
+
+
+def diff_length(one, other):
+    return len(list(difflib.unified_diff(one.splitlines(), other.splitlines(), n=0)))
+
+
+def test_diffs_are_short():
+    assert diff_length(*SOURCES) <= 120
+    assert diff_length(SOURCES[1], LIFT) <= 150
 
 
 def test_trainers_are_plain_pages():
-    """600 lines of at most 55 characters on average; functions of 35 lines, `main` of 60."""
-    for source in SOURCES:
+    """600 lines (LIFT's 650) of 55 characters on average; functions of 35 lines, `main` of 60."""
+    for source in [*SOURCES, LIFT]:
         lines = source.splitlines()
         written = [line for line in lines if line.strip()]
-        assert len(lines) <= 600 and sum(map(len, written)) / len(written) <= 55
+        assert len(lines) <= (650 if source is LIFT else 600)
+        assert sum(map(len, written)) / len(written) <= 55
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef):
                 length = node.end_lineno - node.lineno + 1
@@ -42,7 +60,7 @@ def test_trainers_are_plain_pages():
 
 def test_imports_are_libraries_only():
     ours = {path.stem for path in [*SUITE.glob("*.py"), *Path(SUITE, "experiments").glob("*")]}
-    for source in SOURCES:
+    for source in [*SOURCES, LIFT]:
         for node in ast.walk(ast.parse(source)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -60,3 +78,21 @@ def test_constants_differ_in_the_method_alone():
     assert set(values[0]) - set(values[1]) == {"BLOCK_SIZE", "PREFIX_MASK_RATE", "SUFFIX_MASK_PROB"}
     assert {n for n in values[1] if values[0][n] != values[1][n]} == {"MAX_SAMPLES", "CKPT_DIR"}
     assert all(module.MASK_ID == 126336 for module in (train_blockwise, train_fullseq))
+
+
+def test_constants_of_lift():
+    import train_lift
+
+    import train_fullseq
+
+    fullseq = {name: getattr(train_fullseq, name) for name in train_fullseq.CONSTANTS}
+    lift = {name: getattr(train_lift, name) for name in train_lift.CONSTANTS}
+    added = {"COMPONENTS": 3, "RHO_MIN": 0.1, "TIME_SCALING": False, "APPROXIMATE": False}
+    assert {name: lift[name] for name in set(lift) - set(fullseq)} == added
+    differ = {name: lift[name] for name in fullseq if lift[name] != fullseq[name]}
+    assert differ == {
+        "LR": 5e-6,
+        "LORA_RANK": 128,
+        "TARGET_MODS": ["q_proj", "k_proj", "v_proj"],
+        "CKPT_DIR": "ckpts_lift",
+    }
