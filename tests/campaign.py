@@ -1,7 +1,7 @@
 """Kill a trainer at seeded random moments, resume it until it is done, and look for any difference.
 
-    python tests/campaign.py                       # both trainers, 1 and 2 ranks, 20 kills each
-    python tests/campaign.py --kills 100 --ranks 2 --seed 7
+    python tests/campaign.py                       # each trainer, 1 and 2 ranks, 20 kills each
+    python tests/campaign.py --kills 100 --ranks 2 --seed 7 --scripts lift
 
 Every run must end with the log and the checkpoints, bit for bit, of a run that nobody stopped, and
 leave nothing else. A short form of this is part of the tests (test_faults.py).
@@ -31,6 +31,11 @@ CONSTANTS = {
     "SAVE_EVERY": 12,
     "STATE_EVERY": 4,
 }
+SCRIPTS = {
+    "blockwise": SUITE / "train_blockwise.py",
+    "fullseq": SUITE / "train_fullseq.py",
+    "lift": SUITE / "experiments" / "train_lift.py",
+}
 LAST = f"run_step{CONSTANTS['TOTAL_TRAIN_STEPS']:04d}"
 MOMENTS = (
     "before the first step",
@@ -53,7 +58,7 @@ def command(script, ranks, toy_folder, **constants):
         **CONSTANTS,
         **constants,
     }
-    return [*python, str(SUITE / f"train_{script}.py"), *flags(**values)]
+    return [*python, str(SCRIPTS[script]), *flags(**values)]
 
 
 def start(script, ranks, toy_folder, folder):
@@ -240,10 +245,11 @@ def main():
     parser.add_argument("--kills", type=int, default=20, help=kills)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="(1 2)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         toy_folder = build_toy(Path(folder) / "toy")
-        for script in ("blockwise", "fullseq"):
+        for script in args.scripts:
             for ranks in args.ranks:
                 where = Path(folder) / f"{script}{ranks}"
                 campaign(script, ranks, args.kills, args.seed, toy_folder, where)
