@@ -42,7 +42,7 @@ STUDIES = {  # what `compared` makes of them: below
     "suffix": "SUFFIX_MASK_PROB 1, 0.5, 0",
     "padding": "MASK_PADDING False, True, both methods",
     "lift": "LIFT, its variants, and inside the active block: equal steps, equal compute",
-    "controls": "what makes the difference: loss, place, block size; decoding without blocks",
+    "controls": "Blockwise SFT with another loss, place or block size; also decoded without blocks",
 }
 
 # What holds if no flag says otherwise: on the toy, and as in the paper if --model is given
@@ -71,7 +71,7 @@ PAPER_CONSTANTS = {"MAX_SAMPLES": 20000}  # as many rows as pt.py keeps
 
 PLACES = ("MODEL_NAME", "DATA_PT", "CKPT_DIR")  # constants that do not change a run's result
 OWN = (*PLACES, "MODEL_REVISION", "SEED", "TOTAL_TRAIN_STEPS", "BLOCK_SIZE", "SAVE_EVERY")
-SHARED = ("LR", "LORA_RANK", "TARGET_MODS")  # LIFT's are those of the others unless given
+SHARED = ("LR", "LORA_RANK", "TARGET_MODS")  # LIFT takes those of train_fullseq.py unless given
 COLUMNS = (  # of results.csv
     "study method setting seed block_length end_tokens_last tokens_per_step gen_length accuracy "
     "exact_match count loss supervised_tokens train_steps seconds decoding_seconds model"
@@ -230,7 +230,7 @@ TRAINERS = {  # whose constants a method has; that of a control is started by tr
     "blockwise": train_blockwise,
     "fullseq": train_fullseq,
     "lift": train_lift,
-    "causal": train_blockwise,
+    "rest": train_blockwise,
     "span": train_blockwise,
     "lift-block": train_lift,
 }
@@ -354,7 +354,7 @@ def compared(args, lengths):
         "controls": [
             ("blockwise", {}),
             ("fullseq", {}),
-            ("causal", {}),
+            ("rest", {}),
             ("span", {}),
             *vary("blockwise", "BLOCK_SIZE", [1, number(args, "MAX_LEN")]),
         ],
@@ -362,11 +362,11 @@ def compared(args, lengths):
 
 
 def equal_steps_and_compute(method, steps, changes):
-    """LIFT for `steps`, and for fewer, which take the compute of `steps` without scoring.
+    """LIFT for `steps`, and for the fewer steps that cost about as much as `steps` without scoring.
 
-    A step without scoring is a forward and a backward pass, which costs as much: the weights that
-    it passes are frozen. LIFT scores two thirds of its rows in a forward pass of their own, and
-    all rows if it has two components.
+    A step without scoring is a forward pass and a backward pass that costs as much, as nearly all
+    weights are frozen. LIFT scores two thirds of its rows in a forward pass of their own, and all
+    rows if it has two components.
     """
     scored = 1 if changes.get("COMPONENTS") == 2 else 2 / 3
     fewer = max(1, round(steps * 2 / (2 + scored)))

@@ -2,7 +2,7 @@
 
     deepspeed --num_gpus 8 experiments/train_lift.py     # or with --COMPONENTS 2 --CKPT_DIR lift_2
 
-Each training example is one whole answer, masked twice:
+Each training example is one whole answer. The tokens to learn are chosen by their own loss:
 
     prompt | answer, masked at rate t + rho | padding                 scored, without gradient
     prompt | answer, the chosen tokens masked, about t | padding      trained
@@ -43,7 +43,7 @@ SEED = 42
 # Method
 COMPONENTS = 3  # 2: no band of random choice
 RHO_MIN = 0.1  # smallest surplus rho, where 1 - t leaves room for it
-TIME_SCALING = False  # True: a token's loss over t and the answer's length, as published
+TIME_SCALING = False  # True: a token's loss over t and the answer's length, nearly as published
 APPROXIMATE = False  # True: one forward pass at rate t + rho both scores and trains
 MASK_PROB_EPS = 1e-3  # smallest t
 MASK_PADDING = False  # True shows [MASK] instead of padding, as decoding does
@@ -185,7 +185,7 @@ def plan(examples, world_size):
 
 
 def make_batch(examples, draws, numbers, pad_id):
-    """input_ids, noisy_ids and loss_mask, (B, L) each, of the draws with these numbers.
+    """input_ids (B, L) of the draws with these numbers, and what `corrupt` returns.
 
     The noise of a draw depends on SEED and its number alone, whatever rank it falls to (T4).
     """
@@ -207,7 +207,7 @@ def corrupt(input_ids, prompt_len, length, block, noise):
     input_ids (B, L); prompt_len, length and block (B, 1), whose block is always 0; noise
     (B, 2 + 2L) ~ U(0, 1) gives t, the masks, rho and the choice. Returns noisy_ids (B, L),
     over_masked (B, L), True where the answer is masked, t (B, 1), the weight (B, 1) of a chosen
-    token in the loss, and loss_mask (B, L), the choice, which `band` may replace later.
+    token in the loss, and loss_mask (B, L), the choice, which supervised_loss may replace.
     """
     pos = torch.arange(input_ids.shape[1])  # (L,)
     t_noise, mask_noise, rho_noise, choice_noise = noise.split([1, len(pos), 1, len(pos)], dim=1)
@@ -232,8 +232,8 @@ def lowest(scores, candidates, k):
 
 
 def band(t):
-    """1 where the easiest tokens are learnt, -1 the hardest, 0 random ones: the largest weight of
-    t, 1 - t and, with three components, 3 t (1 - t); (B, 1)."""
+    """Which tokens a row learns, (B, 1): 1 the easiest, -1 the hardest, 0 random ones. This is
+    the largest of t, 1 - t and, with three components, 3 t (1 - t)."""
     return (t > 1 - 1 / COMPONENTS).long() - (t <= 1 / COMPONENTS).long()
 
 

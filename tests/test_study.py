@@ -156,7 +156,7 @@ def test_controls_are_also_decoded_without_blocks():
     """With one block of 64 tokens, and with the end tokens last in it."""
     _, arms = arms_of("controls", "--tokens_per_step", "4")
     assert all(arm["ways"] == [(16, False, 4), (64, False, 4), (64, True, 4)] for arm in arms)
-    assert [arm["method"] for arm in arms[1:5]] == ["blockwise", "fullseq", "causal", "span"]
+    assert [arm["method"] for arm in arms[1:5]] == ["blockwise", "fullseq", "rest", "span"]
     sizes = [given["BLOCK_SIZE"] for given in constants_of(arms, "controls", "blockwise")]
     assert sizes == [16, 1, 112]
 
