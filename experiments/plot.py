@@ -13,7 +13,6 @@ import csv
 import math
 import os
 import sys
-from itertools import product
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (tables in any statistics book)
 T_975 = [
@@ -154,20 +153,23 @@ def draw_studies(rows, folder):
 
 
 def draw_study(study, rows):
-    """A figure of one study's `rows`, with a panel for each way of decoding."""
-    labels = list(dict.fromkeys(label(row) for row in rows if row["method"] != "base"))
-    decodings = list(dict.fromkeys(decoding_name(row) for row in rows))
+    """A figure of one study's `rows`: a panel for each way of decoding, a line for each setting."""
+    decodings = {}
+    for row in rows:
+        decodings.setdefault(decoding_name(row), []).append(row)
+    labels = [list(dict.fromkeys(label(row) for row in alike)) for alike in decodings.values()]
     tokens_per_step = sorted({int(row["tokens_per_step"]) for row in rows})
-    width = len(tokens_per_step) * (1.1 + 0.75 * len(labels))
-    height = 2.8 * len(decodings)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(len(decodings), len(tokens_per_step), squeeze=False)
-    ways = product(decodings, tokens_per_step)
-    for axes, (decoding, tokens) in zip(panels.flat, ways, strict=True):
-        alike = [row for row in rows if decoding_name(row) == decoding]
-        draw_panel(axes, [row for row in alike if int(row["tokens_per_step"]) == tokens], labels)
-        axes.set_title(f"decoding {decoding}, {tokens} tokens per step", fontsize="small")
-    figure.supylabel("accuracy (%)", fontsize="medium")
+    heights = [0.8 + 0.27 * len(names) for names in labels]
+    figure = Figure(figsize=(2 + 3 * len(tokens_per_step), sum(heights)), layout="constrained")
+    shape = (len(decodings), len(tokens_per_step))
+    panels = figure.subplots(*shape, squeeze=False, height_ratios=heights)
+    for line, names, (decoding, alike) in zip(panels, labels, decodings.items(), strict=True):
+        for axes, tokens in zip(line, tokens_per_step, strict=True):
+            draw_panel(axes, [row for row in alike if int(row["tokens_per_step"]) == tokens], names)
+            axes.set_title(f"decoding {decoding}, {pace_name(tokens)}", fontsize="small")
+            axes.label_outer()
+            axes.tick_params(labelbottom=True)
+    figure.supxlabel("accuracy (%)", fontsize="small")
     figure.suptitle(study, fontsize="medium")
     return figure
 
@@ -178,30 +180,33 @@ def decoding_name(row):
     return f"block {row['block_length']}{last}"
 
 
+def pace_name(tokens_per_step):
+    """How many tokens a step commits, as text; 0 stands for a threshold."""
+    return f"{tokens_per_step} per step" if tokens_per_step else "by threshold"
+
+
 def label(row):
-    """A setting's name below its points, on several lines."""
-    return f"{row['method']}\n{row['setting']}".replace("=", "\n").strip()
+    """A setting's name beside its points."""
+    return f"{row['method']} {row['setting']}".strip()
 
 
 def draw_panel(axes, rows, labels):
-    """One way of decoding: the mean, 95 % interval and seeds of each label; the base dashed."""
-    for row in rows:
-        if row["method"] == "base":
-            accuracy = 100 * float(row["accuracy"])
-            axes.axhline(accuracy, color="grey", linestyle="--", linewidth=0.9)
+    """One way of decoding: a line per label with mean, 95 % interval and seeds; the base dashed."""
     for place, text in enumerate(labels):
         values = [100 * float(row["accuracy"]) for row in rows if label(row) == text]
-        if not values:
+        if text == "base" and values:
+            axes.axvline(values[0], color="grey", linestyle="--", linewidth=0.9)
+        if not values or text == "base":
             continue
         mean, half = mean_interval(values)
         bar = 0 if math.isnan(half) else half
         color = f"C{place}"
-        axes.errorbar(place, mean, bar, fmt="o", color=color, capsize=4)
-        beside = [place + 0.15] * len(values)
-        axes.plot(beside, values, ".", color=color, alpha=0.5, markersize=4)
-    axes.set_xticks(range(len(labels)), labels, fontsize="xx-small")
-    axes.set_xlim(-0.5, len(labels) - 0.5)
-    axes.tick_params(axis="y", labelsize="x-small")
+        axes.errorbar(mean, place, xerr=bar, fmt="o", color=color, capsize=3, markersize=4)
+        below = [place + 0.25] * len(values)
+        axes.plot(values, below, ".", color=color, alpha=0.5, markersize=4)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.tick_params(labelsize="x-small")
 
 
 # ------------------------------------------------------------------------------------------ main
