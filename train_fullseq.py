@@ -411,9 +411,9 @@ def preflight(world_size):
     try:
         config = load_pretrained(AutoConfig)
         tokenizer = load_pretrained(AutoTokenizer, fix_mistral_regex=False)
-        code = {"trust_remote_code": True, "code_revision": MODEL_REVISION}
+        code = {"code_revision": MODEL_REVISION} if hasattr(config, "auto_map") else {}
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, **code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, **code)
     except Exception as error:  # the hub, a folder and remote code fail in many ways
         problems.append(f"{MODEL_NAME = } cannot be loaded ({error!r:.300}); give another")
     if not problems:

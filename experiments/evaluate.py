@@ -166,10 +166,9 @@ def load_config(name, revision):
     """
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
+        code = {"code_revision": revision} if hasattr(config, "auto_map") else {}
         with init_empty_weights():
-            skeleton = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=True, code_revision=revision
-            )
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=True, **code)
     except Exception as error:  # the hub, the folder and remote code fail in many ways
         why = pt.first_line(error)
         sys.exit(f"--model {name} cannot be loaded ({why}); give a hub id or a model folder")
@@ -495,6 +494,7 @@ def evaluate(args, problems):
     special = decode.special_ids(args.model, config, tokenizer, vocabulary)
     decode.check_prompts(args.model, prompts, args.gen_length, special["mask_id"], config)
     options = decode_options(args) | special
+    decode.check_block_length(args.model, config, options["block_length"])
     description = describe(args, options, config, prompts, golds)
     claim(args.output, description)
 
