@@ -7,6 +7,7 @@
 The canvas is the prompt and `gen_length` times [MASK]. Its blocks are filled from left to right,
 each in steps / blocks denoising steps. A step predicts the block's masked positions and commits
 the most confident ones (Nie et al., arXiv:2502.09992, section 2.4, and their `generate.py`).
+A model of train_opdlm.py attends block by block: its `config.block_causal` says so.
 This file is a command, and also the library that evaluate.py decodes with.
 
 At temperature 0 the tokens are those of LLaDA's `generate.py`, which differs in four ways:
@@ -139,7 +140,10 @@ def decode(
             masked = (canvas.gather(1, active) == mask_id) & ~ended  # (B, K)
             if not masked.any():
                 break
-            logits = masked_logits(model, canvas, lengths, active, masked, callback)  # (M, V)
+            inputs = forward_inputs(model, canvas, prompt_lens, lengths, masked, block_length)
+            if callback is not None:
+                callback(masked.any(1).nonzero()[:, 0].tolist(), inputs["input_ids"])
+            logits = masked_logits(model, inputs, active, masked)  # (M, V)
             if logits_eos_inf:
                 logits[:, eos_id] = -math.inf
             counts = masked.sum(1).tolist()  # rows of logits per prompt
@@ -193,36 +197,63 @@ def get_num_transfer_tokens(block_length, steps, threshold):
     return [base + 1] * remainder + [base] * (steps - remainder)
 
 
-def masked_logits(model, canvas, lengths, active, masked, callback):
-    """The logits of the masked positions, (M, V) in float32, from one forward pass.
-
-    Only prompts with a masked position are in the pass, and only these positions go through the
-    LM head.
+def forward_inputs(model, canvas, prompt_lens, lengths, masked, block_length):
+    """What the model takes for the R prompts that have a masked position, as a dict.
 
     Args:
         canvas: (B, L) ids, of which each row has `lengths` (B, 1) tokens, then padding.
-        active: (B, K) positions of the active blocks.
+        prompt_lens: (B, 1).
         masked: (B, K) True = masked.
-        callback: see `decode`.
+        block_length: tokens per block, for a model that attends block by block.
     """
     rows = masked.any(1).nonzero()[:, 0]  # (R,) prompts
     input_ids = canvas[rows, : lengths[rows].max()]  # (R, L)
-    if callback is not None:
-        callback(rows.tolist(), input_ids)
-    attended = torch.arange(input_ids.shape[1], device=canvas.device) < lengths[rows]  # (R, L)
-    attention_mask = None if attended.all() else attended.long()
-    row = masked[rows].nonzero()[:, 0]  # (M,) of input_ids
-    pos = active[masked]  # (M,)
+    columns = torch.arange(input_ids.shape[1], device=canvas.device)  # (L,)
+    attended = columns < lengths[rows]  # (R, L)
+    if config_value(model, "block_causal") is None:
+        return {
+            "input_ids": input_ids,
+            "attention_mask": None if attended.all() else attended.long(),
+        }
+    block = torch.div(columns - prompt_lens[rows], block_length, rounding_mode="floor")  # (R, L)
+    sees = (block[:, None] <= block[:, :, None]) & attended[:, None]  # (R, L, L) row sees column
+    sees |= torch.eye(len(columns), dtype=torch.bool, device=canvas.device)  # padding sees itself
+    dtype = model.get_input_embeddings().weight.dtype
+    mask = torch.zeros(sees.shape, dtype=dtype, device=canvas.device)
+    mask = mask.masked_fill(~sees, torch.finfo(dtype).min)
+    return {"input_ids": input_ids, "attention_mask": mask[:, None], "use_cache": False}
 
-    def select(_, inputs):
-        return inputs[0][row, pos]  # (R, L, D) -> (M, D)
+
+def config_value(model, name):
+    """A value that train_opdlm.py writes into a model's configuration; None in others."""
+    return getattr(getattr(model, "config", None), name, None)
+
+
+def masked_logits(model, inputs, active, masked):
+    """The logits of the masked positions, (M, V) in float32, from one forward pass.
+
+    Only these positions go through the LM head.
+
+    Args:
+        inputs: of the R prompts with a masked position, see `forward_inputs`.
+        active: (B, K) positions of the active blocks.
+        masked: (B, K) True = masked.
+    """
+    rows = masked.any(1)  # (B,)
+    row = masked[rows].nonzero()[:, 0]  # (M,) of the inputs
+    pos = active[masked]  # (M,)
+    if config_value(model, "logit_shift"):
+        pos = pos - 1  # as an autoregressive model predicts
+
+    def select(_, hidden):
+        return hidden[0][row, pos]  # (R, L, D) -> (M, D)
 
     head = model.get_output_embeddings()
     if head is model.get_input_embeddings():  # tied: the model applies it without calling it
-        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[row, pos]
+        logits = model(**inputs).logits[row, pos]
     else:
         with head.register_forward_pre_hook(select):
-            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+            logits = model(**inputs).logits
     return logits.float()
 
 
@@ -388,6 +419,14 @@ def special_ids(name, config, tokenizer, vocabulary):
     return ids
 
 
+def check_block_length(name, config, block_length):
+    """Warn if a model that attends block by block has learnt another block length."""
+    learnt = getattr(config, "block_causal", None)
+    if learnt not in (None, block_length) and os.environ.get("RANK", "0") == "0":
+        message = f"warning: --model {name} has learnt blocks of {learnt} tokens"
+        print(f"{message}, not --block_length {block_length}", file=sys.stderr)
+
+
 def encode_prompts(tokenizer, queries):
     """The ids of `queries` in MetaMath's prompt and the chat template, as pt.py renders them."""
     header = pt.find_trailing_header(tokenizer)
@@ -431,6 +470,7 @@ def main(args):
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = special_ids(args.model, model.config, tokenizer, vocabulary)
     options = decode_options(args)
+    check_block_length(args.model, model.config, options["block_length"])
     check_prompts(args.model, prompts, args.gen_length, ids["mask_id"], model.config)
 
     forwards = args.steps if args.threshold is None else args.gen_length  # at most

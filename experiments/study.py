@@ -1,13 +1,14 @@
 """The paper's comparisons, over several seeds, through the trainers themselves.
 
-    python experiments/study.py                             # all of them on the toy: see README.md
+    python experiments/study.py                          # all but opdlm on the toy: see README.md
     python experiments/study.py equal-compute equal-tokens --seeds 3
     python experiments/study.py prefix --num_gpus 8 --model GSAI-ML/LLaDA-8B-Instruct \\
         --data MATH.jsonl --test math500
 
 A study compares settings of the trainers with each other and with the base model. Every setting is
 trained once per seed (a run), and every run is evaluated in several ways of decoding. Without
---model the base and the task are those of chains.py.
+--model the base and the task are those of chains.py. The study opdlm is about an autoregressive
+base, that of chains_ar.py, and so it is given alone.
 
 OUTPUT/results.csv has one line per study, setting, seed and way of decoding; figures are drawn next
 to it. To resume a study that was stopped, give the same command again. Studies share runs: what is
@@ -43,6 +44,7 @@ STUDIES = {  # what `compared` makes of them: below
     "padding": "MASK_PADDING False, True, both methods",
     "lift": "LIFT, its variants, and inside the active block: equal steps, equal compute",
     "controls": "Blockwise SFT with another loss, place or block size; also decoded without blocks",
+    "opdlm": "from autoregressive to block diffusion: whose text, which states, which loss",
 }
 
 # What holds if no flag says otherwise: on the toy, and as in the paper if --model is given
@@ -60,6 +62,26 @@ TOY_CONSTANTS = {  # as in toy.py, whose two processes have 8 rows each
     "MAX_LEN": 112,
     "MAX_SAMPLES": 8000,
 }
+OPDLM = {  # on an autoregressive base; a block is the same in training and decoding
+    "steps": 160,
+    "block_size": 4,
+    "block_sizes": [4, 8],
+    "gen_length": 64,
+    "tokens_per_step": [1, 0],
+}
+OPDLM_CONSTANTS = {
+    "MICRO_BSIZE": 16,
+    "LR": 1e-3,
+    "WARMUP_RATIO": 0.05,
+    "MAX_LEN": 112,
+    "MAX_SAMPLES": 8000,
+    "GEN_LENGTH": 64,
+    "FIRST_GEN_LENGTH": 64,
+    "ROLLOUT_BSIZE": 256,
+    "FULL_FT": True,
+    "LOGIT_SHIFT": True,
+    "TRAIN_END": True,
+}
 PAPER = {
     "steps": 200,
     "block_size": 32,
@@ -68,13 +90,15 @@ PAPER = {
     "tokens_per_step": [2],
 }
 PAPER_CONSTANTS = {"MAX_SAMPLES": 20000}  # as many rows as pt.py keeps
+THRESHOLD = 0.9  # of decoding, where tokens_per_step is 0
 
 PLACES = ("MODEL_NAME", "DATA_PT", "CKPT_DIR")  # constants that do not change a run's result
 OWN = (*PLACES, "MODEL_REVISION", "SEED", "TOTAL_TRAIN_STEPS", "BLOCK_SIZE", "SAVE_EVERY")
 SHARED = ("LR", "LORA_RANK", "TARGET_MODS")  # LIFT takes those of train_fullseq.py unless given
 COLUMNS = (  # of results.csv
-    "study method setting seed block_length end_tokens_last tokens_per_step gen_length accuracy "
-    "exact_match count loss supervised_tokens train_steps seconds decoding_seconds model"
+    "study method setting seed block_length end_tokens_last tokens_per_step tokens_per_forward "
+    "gen_length accuracy exact_match count loss supervised_tokens train_steps seconds "
+    "decoding_seconds model"
 ).split()
 
 # ----------------------------------------------------------------------------------------- flags
@@ -96,7 +120,8 @@ def parse_args(argv):
     add_task_flags(parser)
     add_run_flags(parser)
     args = parser.parse_args(argv)
-    defaults = PAPER if args.model else TOY
+    is_opdlm = args.studies == ["opdlm"]
+    defaults = OPDLM if is_opdlm else PAPER if args.model else TOY
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -104,11 +129,11 @@ def parse_args(argv):
     args.output = Path(args.output).absolute()
     if args.model and os.path.isdir(args.model):
         args.model = os.path.abspath(args.model)  # each trainer runs in the folder of its run
-    args.studies = args.studies or list(STUDIES)
+    args.studies = args.studies or [name for name in STUDIES if name != "opdlm"]
     for name in ("studies", "block_sizes", "tokens_per_step"):
         each_once = list(dict.fromkeys(getattr(args, name)))
         setattr(args, name, each_once)
-    constants = PAPER_CONSTANTS if args.model else TOY_CONSTANTS
+    constants = PAPER_CONSTANTS if args.model else OPDLM_CONSTANTS if is_opdlm else TOY_CONSTANTS
     args.constants = constants | read_constants(parser, args.constants)
     return args
 
@@ -142,7 +167,8 @@ def add_task_flags(parser):
         "--tokens_per_step",
         type=int,
         nargs="+",
-        help=f"committed per forward pass ({defaults_of('tokens_per_step')})",
+        help=f"committed per forward pass; 0: those above {THRESHOLD} "
+        f"({defaults_of('tokens_per_step')})",
     )
     parser.add_argument(
         "--constants",
@@ -177,16 +203,20 @@ def check_args(parser, args):
     for study in args.studies:
         if study not in STUDIES:
             parser.error(f"{study}: no study; give some of {', '.join(STUDIES)}")
+    if "opdlm" in args.studies and set(args.studies) != {"opdlm"}:
+        parser.error("opdlm has another base than the other studies; give it alone")
     names = "seeds steps block_size gen_length limit batch_size num_gpus jobs"
     for name in names.split():
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
-    for name in ("block_sizes", "tokens_per_step"):
+    for name, lowest in (("block_sizes", 1), ("tokens_per_step", 0)):
         for value in getattr(args, name):
-            if value < 1:
-                parser.error(f"--{name} {value}: must be at least 1")
+            if value < lowest:
+                parser.error(f"--{name} {value}: must be at least {lowest}")
     given = [f"--{name}" for name in ("model", "data", "test") if getattr(args, name)]
+    if given and "opdlm" in args.studies:
+        parser.error(f"opdlm takes the toy's base; for another use train_opdlm.py, not {given[0]}")
     if 0 < len(given) < 3:
         parser.error(f"{', '.join(given)} alone: another base needs --model, --data and --test")
     for block in [args.block_size, *args.block_sizes]:
@@ -213,12 +243,14 @@ if __name__ == "__main__":  # before the slow imports: --help and a wrong flag a
     ARGS = parse_args(sys.argv[1:])
 
 import chains
+import chains_ar
 import evaluate
 import plot
 import suite
 import torch
 import train_control
 import train_lift
+import train_opdlm
 from files import digest, file_digest, write_json, write_text
 from tqdm import tqdm
 from transformers import logging
@@ -233,13 +265,16 @@ TRAINERS = {  # whose constants a method has; that of a control is started by tr
     "rest": train_blockwise,
     "span": train_blockwise,
     "lift-block": train_lift,
+    **dict.fromkeys(("opdlm", "own-random", "distill", "sft-teacher", "sft-data"), train_opdlm),
 }
 
 
-def check_constants(constants):
-    """End with a message if a value is not one that all trainers take."""
+def check_constants(constants, studies):
+    """End with a message if a value is not one that all trainers of the studies take."""
     problems = []
     for trainer in dict.fromkeys(TRAINERS.values()):
+        if (trainer is train_opdlm) != (studies == ["opdlm"]):
+            continue
         before = {name: getattr(trainer, name) for name in trainer.CONSTANTS}
         for name, value in constants.items():
             if name in trainer.CONSTANTS:
@@ -254,7 +289,8 @@ def check_constants(constants):
 
 def number(args, name):
     """The value of one of the trainers' constants that is a number."""
-    given = args.constants.get(name, getattr(train_blockwise, name))
+    trainer = train_opdlm if args.studies == ["opdlm"] else train_blockwise
+    given = args.constants.get(name, getattr(trainer, name))
     return ast.literal_eval(str(given))
 
 
@@ -272,9 +308,9 @@ def prepare(args):
     """
     model, data, test = args.model, args.data, args.test
     if model is None:
-        base = args.output / "base"
+        base = args.output / ("base-ar" if args.studies == ["opdlm"] else "base")
         if not (base / "model").exists():
-            chains.build(base, wide=False)
+            make_base(base, args)
         model = str(base / "model")
         data = str(base / "data" / "train.jsonl")
         test = str(base / "data" / "test.jsonl")
@@ -296,6 +332,16 @@ def prepare(args):
         "decoding": digest(json.dumps([problems, args.batch_size]))[:8],
         "lengths": answer_lengths(args, pt_file),
     }
+
+
+def make_base(folder, args):
+    """Build the toy and its base in `folder`: chains.py's, or chains_ar.py's for opdlm."""
+    if args.studies != ["opdlm"]:
+        chains.build(folder, wide=False)
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed study left
+    share = chains_ar.build(folder)
+    print(f"{folder}: the autoregressive base answers {share:.0%} of 100 test problems as written")
 
 
 def preprocess(args, model, data, contents):
@@ -358,6 +404,12 @@ def compared(args, lengths):
             ("span", {}),
             *vary("blockwise", "BLOCK_SIZE", [1, number(args, "MAX_LEN")]),
         ],
+        "opdlm": [
+            (method, {"BLOCK_SIZE": size, "TOTAL_TRAIN_STEPS": some})
+            for size in args.block_sizes
+            for some in (max(1, steps // 4), steps)
+            for method in ("opdlm", "own-random", "distill", "sft-teacher", "sft-data")
+        ],
     }
 
 
@@ -412,8 +464,11 @@ def make_arms(args, task):
         ways = [(*block, tokens) for block, tokens in product(blocks, args.tokens_per_step)]
         sizes = [changes.get("BLOCK_SIZE", args.block_size) for _, changes in table[study]]
         steps = common_steps(args, task["lengths"], sizes)
-        for method, changes in [("base", {}), *table[study]]:
+        base = [] if study == "opdlm" else [("base", {})]  # an autoregressive one decodes no blocks
+        for method, changes in [*base, *table[study]]:
             constants = {"TOTAL_TRAIN_STEPS": steps}
+            if study == "opdlm":
+                ways = [(changes["BLOCK_SIZE"], False, tokens) for tokens in args.tokens_per_step]
             if method not in ("base", "fullseq", "lift"):
                 constants["BLOCK_SIZE"] = args.block_size
             if method in ("lift", "lift-block"):
@@ -502,7 +557,7 @@ def do_all(runs, args, task):
     base = [run for run in runs if run["method"] == "base"]
     others = [run for run in runs if run["method"] != "base"]
     try:
-        failed = do_batch(base, pool, args, task)
+        failed = do_batch(base, pool, args, task) if base else []
         if not failed:
             failed = do_batch(others, pool, args, task)
     except KeyboardInterrupt:
@@ -616,7 +671,7 @@ def measure(model, output, way, args, task, log):
         SystemExit: if the evaluation fails.
     """
     block_length, end_tokens_last, tokens_per_step = way
-    steps_per_block = math.ceil(block_length / tokens_per_step)
+    steps_per_block = math.ceil(block_length / (tokens_per_step or 1))
     settings = {
         "model": model,
         "output": output,
@@ -631,6 +686,8 @@ def measure(model, output, way, args, task, log):
     words = suite.flags(settings)
     if end_tokens_last:
         words.append("--confidence_eos_eot_inf")
+    if tokens_per_step == 0:
+        words += suite.flags({"threshold": THRESHOLD})
     if args.num_gpus > 1 or torch.cuda.is_available():  # this process must not keep GPU memory
         command = [*interpreter(args), evaluate.__file__, *words]
         suite.run(command, output=log, OMP_NUM_THREADS=str(threads(args)))
@@ -660,6 +717,7 @@ def collect(args, task, arms):
                 "block_length": block_length,
                 "end_tokens_last": int(end_tokens_last),
                 "tokens_per_step": tokens,
+                "tokens_per_forward": round(summary["tokens"] / max(1, summary["forwards"]), 3),
                 "gen_length": args.gen_length,
                 "accuracy": summary["accuracy"],
                 "exact_match": summary["exact_match"],
@@ -672,7 +730,10 @@ def collect(args, task, arms):
 
 
 def training_of(folder):
-    """Loss (mean of the last tenth of the steps), supervised tokens, steps and seconds of a run."""
+    """Loss (mean of the last tenth of the steps), supervised tokens, steps and seconds of a run.
+
+    The supervised tokens of OPDLM are those of the answers that it has learnt from.
+    """
     logs = folder / "ckpt_logs"
     if not logs.exists():  # the base's
         return {}
@@ -682,12 +743,18 @@ def training_of(folder):
     budget = json.loads((logs / "run_config.json").read_text())["budget"]
     figures = {
         "loss": round(sum(last) / len(last), 4),
-        "supervised_tokens": budget["supervised_tokens"],
+        "supervised_tokens": budget.get("supervised_tokens") or count_tokens(logs),
         "train_steps": budget["steps"],
     }
     if (folder / "seconds.json").exists():  # not if the study was killed before the trainer ended
         figures["seconds"] = json.loads((folder / "seconds.json").read_text())
     return figures
+
+
+def count_tokens(logs):
+    """The tokens of all answers in a run's rollouts.csv."""
+    with open(logs / "rollouts.csv") as file:
+        return sum(int(row["tokens"]) for row in csv.DictReader(file))
 
 
 def write_results(path, rows, args, task):
@@ -708,7 +775,7 @@ def write_results(path, rows, args, task):
 def print_table(rows):
     """Print a line per setting and decoding block, with a column per number of tokens per step."""
     ways = sorted({row["tokens_per_step"] for row in rows})
-    columns = [f"{way} per step" for way in ways]
+    columns = [plot.pace_name(way) for way in ways]
     table = [["study", "method", "setting", "decoding", *columns, "supervised tokens"]]
     groups = {}
     for row in rows:
@@ -735,7 +802,7 @@ def print_differences(rows):
     for row in rows:
         if row["method"] != "base":
             arm = (row["study"], f"{row['method']} {row['setting']}".strip())
-            way = f"{plot.decoding_name(row)}, {row['tokens_per_step']} per step"
+            way = f"{plot.decoding_name(row)}, {plot.pace_name(row['tokens_per_step'])}"
             seeds = accuracy.setdefault(arm, {}).setdefault(way, {})
             seeds[row["seed"]] = 100 * row["accuracy"]
     print("\ndifference to the first setting of the study in points, paired by seed: mean with its")
@@ -764,7 +831,7 @@ def show(values, sign=""):
 
 
 def main(args):
-    check_constants(args.constants)
+    check_constants(args.constants, args.studies)
     if args.jobs is None:
         args.jobs = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
     logging.set_verbosity_error()

@@ -1,5 +1,6 @@
 """The controls change one thing of Blockwise SFT, or bring LIFT into its active block."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -9,8 +10,13 @@ import pytest
 import torch
 import train_control
 import train_lift
-from conftest import flags, launch, prepare
+import train_opdlm
+from conftest import flags, launch
+from peft import LoraConfig, get_peft_model
 from test_corruption import L, random_rows
+from test_opdlm import EOS, MASK, SHAPE, V
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 import train_blockwise
 
@@ -19,24 +25,24 @@ ORIGINAL_CORRUPT = train_blockwise.corrupt
 
 
 @pytest.fixture
-def install(monkeypatch, toy_folder):
-    """train_control.install, undone after the test."""
-    for module in (train_blockwise, train_lift):
-        prepare(module, monkeypatch, toy_folder)
-        for name in ("corrupt", "schedule"):
-            monkeypatch.setattr(module, name, getattr(module, name))
-        monkeypatch.setattr(module, "CKPT_DIR", module.CKPT_DIR)
-        for name in ("CONSTANTS", "LIMITS"):
-            monkeypatch.setattr(module, name, list(getattr(module, name)))
-        monkeypatch.setattr(module, "CONTROL", "", raising=False)
-        monkeypatch.setattr(module, "BLOCK_SIZE", BLOCK_SIZE, raising=False)
+def install():
+    """train_control.install; all that it changes in the trainers is put back after the test."""
+    modules = (train_blockwise, train_lift, train_opdlm)
+    before = [(module, dict(vars(module))) for module in modules]
+    for module in modules:
+        module.CONSTANTS = list(module.CONSTANTS)
+        module.LIMITS = list(module.LIMITS)
+        module.BLOCK_SIZE = BLOCK_SIZE
 
     def installed(control):
         trainer = train_control.install(control)
         trainer.BLOCK_SIZE = BLOCK_SIZE
         return trainer
 
-    return installed
+    yield installed
+    for module, names in before:
+        vars(module).clear()
+        vars(module).update(names)
 
 
 @pytest.mark.parametrize("mask_padding", [False, True])
@@ -116,6 +122,111 @@ def test_lift_in_the_active_block(install):
     trainer.SEED += 1
     assert not np.array_equal(draws, trainer.schedule(examples, 100))
     assert sorted(map(tuple, draws)) == [(sample, b) for sample in range(5) for b in range(3)]
+
+
+# ------------------------------------------------------------------------------- those of OPDLM
+
+EXAMPLES = [
+    (3, torch.tensor([1, 2, 3, 11, 12, 13, 14, 15, EOS])),
+    (2, torch.tensor([4, 5, 21, 22, EOS])),
+    (4, torch.arange(6, 30)),
+]
+DRAWS = np.array([[2, 0], [0, 0], [1, 0]])
+
+
+@pytest.fixture
+def ar_model():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=V, **SHAPE)).eval()
+
+
+def opdlm_of(install, control, monkeypatch):
+    trainer = install(control)
+    trainer.MASK_ID, trainer.FIRST_GEN_LENGTH, trainer.GEN_LENGTH = MASK, 16, 16
+    trainer.ROLLOUT_BSIZE, trainer.TRAIN_END = 2, True
+    monkeypatch.setattr(trainer.dist, "get_rank", lambda: 0)
+    return trainer
+
+
+def test_sft_data_learns_the_answers_of_the_data(install, ar_model, monkeypatch):
+    trainer = opdlm_of(install, "sft-data", monkeypatch)
+    answers = trainer.decode_answers(ar_model, EOS, EXAMPLES, DRAWS, np.arange(3), 0)
+    lengths = {0: 16, 1: 6, 2: 3}  # cut at 16, up to and with the end
+    for number, (answer, steps, answer_len, noise) in answers.items():
+        prompt_len, ids = EXAMPLES[DRAWS[number, 0]]
+        assert answer_len == lengths[number]
+        assert torch.equal(answer[:answer_len], ids[prompt_len : prompt_len + answer_len])
+        assert len(answer) == len(steps) == BLOCK_SIZE * len(noise)
+
+
+def test_random_states_are_random_masks(install, ar_model, monkeypatch):
+    """Of 600 blocks of 8: 1 to 8 masks equally often, and each position in 4.5 of 8 blocks.
+
+    6 standard deviations.
+    """
+    trainer = opdlm_of(install, "own-random", monkeypatch)
+    rows = 300
+    monkeypatch.setattr(
+        trainer,
+        "roll_out",
+        lambda _, prompts, noise, eos_id: (
+            torch.ones(len(prompts), 16, dtype=torch.long),
+            torch.zeros(len(prompts), 16, dtype=torch.long),
+        ),
+    )
+    draws = np.zeros((rows, 2), dtype=int)
+    answers = trainer.decode_answers(ar_model, EOS, EXAMPLES, draws, np.arange(rows), 0)
+    parts = [torch.stack(part) for part in list(zip(*answers.values(), strict=True))[:2]]
+    noise = torch.stack([answer[3] for answer in answers.values()])
+    _, masked = trainer.corrupt(*parts, torch.full((rows, 1), 16), noise)
+    blocks = masked.view(-1, BLOCK_SIZE)
+    counts = torch.bincount(blocks.sum(1), minlength=9)[1:] / len(blocks)
+    assert (counts - 1 / 8).abs().max() < 6 * (1 / 8 * 7 / 8 / len(blocks)) ** 0.5
+    rates = blocks.float().mean(0)
+    assert (rates - 4.5 / 8).abs().max() < 6 * (0.25 / len(blocks)) ** 0.5
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_distill_takes_answers_that_the_teacher_samples(install, ar_model, monkeypatch, full):
+    """Token by token, each row alone, without a cache."""
+    trainer = opdlm_of(install, "distill", monkeypatch)
+    trainer.FULL_FT = full
+    student = ar_model
+    teacher = copy.deepcopy(ar_model)
+    if full:
+        student.get_input_embeddings().weight.data *= -1  # another model
+        monkeypatch.setattr(trainer, "load_pretrained", lambda *_, **__: teacher)
+    else:
+        lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        student = get_peft_model(ar_model, lora)
+    trainer.build_teacher("cpu")
+    answers = trainer.decode_answers(student, EOS, EXAMPLES, DRAWS, np.arange(3), 0)
+    for number, (answer, _, answer_len, _) in answers.items():
+        prompt_len, ids = EXAMPLES[DRAWS[number, 0]]
+        so_far = ids[:prompt_len]
+        noise = trainer.draw_noise([number], 16)[0][0, 0]
+        for place in range(answer_len):
+            logits = teacher(input_ids=so_far[None]).logits[:, -1:]
+            token, _ = trainer.sample(logits.float(), noise[None, place : place + 1])
+            assert answer[place] == token
+            so_far = torch.cat([so_far, token[0]])
+        assert answer_len == 16 or answer[answer_len - 1] == EOS
+
+
+def test_sft_is_the_cross_entropy_of_the_tokens(install, ar_model, monkeypatch):
+    trainer = opdlm_of(install, "sft-teacher", monkeypatch)
+    prompts = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]
+    answers = torch.randint(MASK, (2, 16))
+    loss_mask = torch.rand(2, 16) < 0.5
+    noisy_ids = answers.masked_fill(loss_mask, MASK)
+    loss = trainer.distillation_loss(ar_model, None, prompts, answers, noisy_ids, loss_mask)
+    logits = trainer.student_logits(ar_model, prompts, answers, noisy_ids, loss_mask)
+    nll = cross_entropy(logits, answers[loss_mask], reduction="none")
+    rows = nll.split(loss_mask.sum(1).tolist())
+    torch.testing.assert_close(loss, sum(row.mean() for row in rows) / 2)
+
+
+# ------------------------------------------------------------------------------------ as a command
 
 
 @pytest.mark.parametrize("control", train_control.CONTROLS)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import train_lift
+import train_opdlm
 from conftest import SUITE, TRAINERS
 
 import pt
@@ -36,7 +37,7 @@ def test_every_script_of_the_experiments_is_listed():
 
 
 def test_every_override_in_a_command_is_a_constant():
-    for name, module in {**TRAINERS, "lift": train_lift}.items():
+    for name, module in {**TRAINERS, "lift": train_lift, "opdlm": train_opdlm}.items():
         for line in re.findall(rf"train_{name}\.py([^`\n]*)", BOTH):  # in running text too
             given = re.findall(r"--([A-Z][A-Z0-9_]*)", line)
             assert set(given) <= set(module.CONSTANTS), line
@@ -45,7 +46,8 @@ def test_every_override_in_a_command_is_a_constant():
 def test_every_constant_and_flag_is_explained():
     for module in TRAINERS.values():
         assert all(f"`{name}`" in README for name in module.CONSTANTS)
-    assert all(f"`{name}`" in BOTH for name in train_lift.CONSTANTS)
+    for module in (train_lift, train_opdlm):
+        assert all(f"`{name}`" in BOTH for name in module.CONSTANTS)
     assert all(f"`--{flag}`" in README for flag in vars(pt.parse_args([])))
 
 

@@ -115,6 +115,8 @@ TASK = {
 
 def arms_of(*argv, **task):
     args = study.parse_args([*argv])
+    if args.studies == ["opdlm"]:
+        task = {"constants": {"MODEL_NAME": "m", "DATA_PT": "p", **study.OPDLM_CONSTANTS}} | task
     return args, study.make_arms(args, TASK | task)
 
 
@@ -126,7 +128,8 @@ def constants_of(arms, study_name, method):
 
 def test_each_study_changes_what_it_says():
     _, arms = arms_of()
-    assert [arm["study"] for arm in arms if arm["method"] == "base"] == list(study.STUDIES)
+    names = [arm["study"] for arm in arms if arm["method"] == "base"]
+    assert [*names, "opdlm"] == list(study.STUDIES)
     for study_name, constant, values in (
         ("block-size", "BLOCK_SIZE", [8, 16, 32]),
         ("prefix", "PREFIX_MASK_RATE", [0.0, 0.1, 0.2, 0.5]),
@@ -186,6 +189,20 @@ def test_lift_takes_equal_steps_and_equal_compute():
     task = TASK | {"constants": {"MASK_ID": 1}}
     given = study.make_arms(args, task)[3]["runs"][0]["constants"]
     assert (given["LR"], given["LORA_RANK"]) == (1e-5, 256)  # those of train_fullseq.py
+
+
+def test_the_study_of_opdlm():
+    """Five arms, two block sizes, two lengths; each is decoded with its own block."""
+    _, arms = arms_of("opdlm", "--steps", "80")
+    assert len(arms) == 5 * 2 * 2
+    for arm in arms:
+        given = arm["runs"][0]["constants"]
+        size = given["BLOCK_SIZE"]
+        assert arm["ways"] == [(size, False, 1), (size, False, 0)] and size in (4, 8)
+        assert given["TOTAL_TRAIN_STEPS"] in (20, 80) and given["FULL_FT"]
+    assert {arm["method"] for arm in arms} == {
+        name for name, trainer in study.TRAINERS.items() if trainer is study.train_opdlm
+    }
 
 
 def test_shared_runs_are_trained_once():
@@ -271,8 +288,9 @@ def test_what_decides_an_evaluation_is_in_its_name(base, tmp_path):
         ("--model m", "--model alone"),
         ("--gen_length 60 --block_size 16", "--gen_length 60 is not divisible by the block of"),
         ("--block_sizes 8 0", "--block_sizes 0"),
-        ("--tokens_per_step 0", "--tokens_per_step 0"),
+        ("--tokens_per_step -1", "--tokens_per_step -1"),
         ("--constants SEED=3", "the studies set SEED themselves"),
+        ("opdlm prefix", "give it alone"),
         ("--constants LR", "--constants LR: must be NAME=VALUE"),
     ],
 )
@@ -300,7 +318,7 @@ def test_wrong_constants_end_a_study_before_it_does_anything(given, message, tmp
 
 def test_a_check_of_constants_changes_none():
     before = dict(vars(study.train_blockwise))
-    study.check_constants({"LR": "0.5", "MICRO_BSIZE": "3"})
+    study.check_constants({"LR": "0.5", "MICRO_BSIZE": "3"}, ["prefix"])
     assert dict(vars(study.train_blockwise)) == before
 
 
@@ -422,6 +440,7 @@ def measured(folder):
     def leave_summary(model, output, *_):
         output.mkdir()
         summary = {"accuracy": 0.5, "exact_match": 0.25, "count": 8, "seconds": 1.23}
+        summary |= {"tokens": 64, "forwards": 16}
         (output / "summary.json").write_text(json.dumps(summary))
         (folder / "measured").write_text(str(model))
 
@@ -494,6 +513,7 @@ def test_a_line_of_the_results(args, run, monkeypatch, tmp_path):
         "block_length": 8,
         "end_tokens_last": 0,
         "tokens_per_step": 4,
+        "tokens_per_forward": 4.0,
         "gen_length": 16,
         "accuracy": 0.5,
         "exact_match": 0.25,
@@ -581,12 +601,14 @@ def test_a_panel_for_each_way_of_decoding():
     figure = plot.draw_study("a study", rows)
     assert len(figure.axes) == 4
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles[1] == "decoding block 8, 4 tokens per step"
+    assert titles[1] == "decoding block 8, 4 per step"
     axes = figure.axes[1]
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["blockwise", "fullseq"]
-    points = [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "."]
+    assert [text.get_text() for text in axes.get_yticklabels()] == []  # the panels share them
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert names == ["base", "blockwise", "fullseq"]
+    points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "."]
     assert points == pytest.approx([13, 14])
-    dashed = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+    dashed = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
     assert dashed == pytest.approx([12])
 
 
