@@ -815,7 +815,8 @@ def print_differences(rows):
         for way, seeds in ways.items():
             others = reference.get(way, {})
             pairs = [seeds[seed] - others[seed] for seed in seeds if seed in others]
-            print(f"{study}: {setting}, decoding {way}: {show(pairs, '+')}")
+            if pairs:
+                print(f"{study}: {setting}, decoding {way}: {show(pairs, '+')}")
 
 
 def show(values, sign=""):
