@@ -122,7 +122,7 @@ def random_examples(rows, length):
 
 def set_constants(args, trainer):
     """Give the trainer this run's constants."""
-    trainer.MAX_LEN = train_lift.MAX_LEN = args.length
+    trainer.MAX_LEN = args.length
     trainer.MICRO_BSIZE = args.batch
     trainer.GRAD_ACC = 1
     trainer.LORA_RANK = args.lora_rank
@@ -189,6 +189,7 @@ def take_step(form, trainer, *arguments):
         make_batch = partial(published_batch, trainer)
         supervised_loss = published_loss
     if form in LIFT_FORMS:
+        train_lift.MAX_LEN = trainer.MAX_LEN
         train_lift.APPROXIMATE = form == "approximate"
         make_batch = train_lift.make_batch
         supervised_loss = train_lift.supervised_loss

@@ -748,6 +748,12 @@ def init_distributed():
         logging.disable_progress_bar()
 
 
+def end_of_turn(tokenizer):
+    if tokenizer.eos_token_id is None:
+        sys.exit(f"{MODEL_NAME = }: its tokenizer has no end-of-turn token; add one")
+    return tokenizer.eos_token_id
+
+
 def describe_run(examples, draws, numbers):
     """Everything that decides the result, and what the run amounts to, for run_config.json."""
     samples = sum(prompt_len < len(ids) for prompt_len, ids in examples)
@@ -837,12 +843,9 @@ def main():
 
     # Build the models, and restore the saved state if there is one
     tokenizer = load_pretrained(AutoTokenizer, fix_mistral_regex=False)
-    eos_id = tokenizer.eos_token_id
-    if eos_id is None:
-        sys.exit(f"{MODEL_NAME = }: its tokenizer has no end-of-turn token; add one")
-    device = deepspeed.get_accelerator().current_device_name()
-    model = build_model(device)
-    teacher = build_teacher(device)
+    eos_id = end_of_turn(tokenizer)
+    model = build_model(deepspeed.get_accelerator().current_device_name())
+    teacher = build_teacher(model.device)
     params = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=params, config=ds_config(steps))
     done = load_state(engine, state)  # whole rollouts
