@@ -92,7 +92,7 @@ def read_overrides(argv):
         kind = type(globals()[name])
         if kind is list:
             value = value.split(",")
-        elif kind is not str:
+        if kind not in (list, str):
             with suppress(ValueError, SyntaxError):  # check_constants refuses what stays text
                 value = ast.literal_eval(value)
         globals()[name] = value

@@ -90,6 +90,7 @@ PAPER = {
     "tokens_per_step": [2],
 }
 PAPER_CONSTANTS = {"MAX_SAMPLES": 20000}  # as many rows as pt.py keeps
+OPDLM_METHODS = ("opdlm", "own-random", "distill", "sft-teacher", "sft-data")
 THRESHOLD = 0.9  # of decoding, where tokens_per_step is 0
 
 PLACES = ("MODEL_NAME", "DATA_PT", "CKPT_DIR")  # constants that do not change a run's result
@@ -265,7 +266,7 @@ TRAINERS = {  # whose constants a method has; that of a control is started by tr
     "rest": train_blockwise,
     "span": train_blockwise,
     "lift-block": train_lift,
-    **dict.fromkeys(("opdlm", "own-random", "distill", "sft-teacher", "sft-data"), train_opdlm),
+    **dict.fromkeys(OPDLM_METHODS, train_opdlm),
 }
 
 
@@ -404,13 +405,17 @@ def compared(args, lengths):
             ("span", {}),
             *vary("blockwise", "BLOCK_SIZE", [1, number(args, "MAX_LEN")]),
         ],
-        "opdlm": [
-            (method, {"BLOCK_SIZE": size, "TOTAL_TRAIN_STEPS": some})
-            for size in args.block_sizes
-            for some in (max(1, steps // 4), steps)
-            for method in ("opdlm", "own-random", "distill", "sft-teacher", "sft-data")
-        ],
+        "opdlm": opdlm_arms(args.block_sizes, steps),
     }
+
+
+def opdlm_arms(block_sizes, steps):
+    """OPDLM and its controls with each block size, for a quarter of the steps and for all."""
+    arms = []
+    for size, some in product(block_sizes, (max(1, steps // 4), steps)):
+        for method in OPDLM_METHODS:
+            arms.append((method, {"BLOCK_SIZE": size, "TOTAL_TRAIN_STEPS": some}))
+    return arms
 
 
 def equal_steps_and_compute(method, steps, changes):
@@ -456,19 +461,11 @@ def make_arms(args, task):
     table = compared(args, task["lengths"])
     arms = []
     for study in args.studies:
-        blocks = [(args.block_size, False)]
-        if study == "block-size":
-            blocks = [(block_length, False) for block_length in args.block_sizes]
-        if study == "controls":  # also as one block, which is decoding without blocks
-            blocks += [(args.gen_length, False), (args.gen_length, True)]
-        ways = [(*block, tokens) for block, tokens in product(blocks, args.tokens_per_step)]
         sizes = [changes.get("BLOCK_SIZE", args.block_size) for _, changes in table[study]]
         steps = common_steps(args, task["lengths"], sizes)
         base = [] if study == "opdlm" else [("base", {})]  # an autoregressive one decodes no blocks
         for method, changes in [*base, *table[study]]:
             constants = {"TOTAL_TRAIN_STEPS": steps}
-            if study == "opdlm":
-                ways = [(changes["BLOCK_SIZE"], False, tokens) for tokens in args.tokens_per_step]
             if method not in ("base", "fullseq", "lift"):
                 constants["BLOCK_SIZE"] = args.block_size
             if method in ("lift", "lift-block"):
@@ -479,11 +476,23 @@ def make_arms(args, task):
                 "study": study,
                 "method": method,
                 "setting": setting_name(changes),
-                "ways": ways,
+                "ways": ways_of(args, study, changes),
                 "runs": make_runs(args, task, method, constants | changes),
             }
             arms.append(arm)
     return arms
+
+
+def ways_of(args, study, changes):
+    """The ways of decoding a setting of a study, which changes these constants."""
+    blocks = [(args.block_size, False)]
+    if study == "block-size":
+        blocks = [(block_length, False) for block_length in args.block_sizes]
+    if study == "controls":  # also as one block, which is decoding without blocks
+        blocks += [(args.gen_length, False), (args.gen_length, True)]
+    if study == "opdlm":  # the block of training
+        blocks = [(changes["BLOCK_SIZE"], False)]
+    return [(*block, tokens) for block, tokens in product(blocks, args.tokens_per_step)]
 
 
 def setting_name(changes):
