@@ -65,6 +65,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a wrong flag a
 
 import suite  # noqa: F401 (pt.py is one folder up)
 import torch
+from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, logging
 
@@ -368,21 +369,39 @@ def fast_bfloat16():
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def base_of(name, revision):
+    """The model and revision that an adapter's folder belongs to; of another model, the same.
+
+    Raises:
+        SystemExit: if the folder's adapter_config.json is damaged.
+    """
+    if not os.path.exists(os.path.join(name, "adapter_config.json")):
+        return name, revision
+    try:
+        adapter = PeftConfig.from_pretrained(name)
+    except Exception as error:  # it may be damaged in many ways
+        sys.exit(f"--model {name} has a damaged adapter_config.json ({pt.first_line(error)})")
+    return adapter.base_model_name_or_path, adapter.revision
+
+
 def load_model(name, revision="main", device="cpu", dtype=torch.float32):
-    """A checkpoint or base model for decoding, on `device`.
+    """A checkpoint, a base model, or a base with an adapter merged, for decoding, on `device`.
 
     Raises:
         SystemExit: if it cannot be loaded, or lacks weights.
     """
+    base, revision = base_of(name, revision)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            name,
+            base,
             revision=revision,
             trust_remote_code=True,
             dtype=dtype,
             device_map={"": device},
             output_loading_info=True,
         )
+        if base != name:
+            model = PeftModel.from_pretrained(model, name).merge_and_unload()
     except torch.OutOfMemoryError:
         sys.exit(f"--model {name}: not enough memory on {device}; give another --device")
     except Exception as error:  # the hub, the folder and remote code fail in many ways
@@ -464,7 +483,7 @@ def answer_length(ids, eos_id, eot_id):
 def main(args):
     set_device(args)
     logging.set_verbosity_error()
-    tokenizer = pt.load_tokenizer(args.model, args.model_revision)
+    tokenizer = pt.load_tokenizer(*base_of(args.model, args.model_revision))
     prompts = encode_prompts(tokenizer, [args.prompt])
     model = load_model(args.model, args.model_revision, args.device, getattr(torch, args.dtype))
     vocabulary = model.get_input_embeddings().num_embeddings

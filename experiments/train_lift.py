@@ -66,6 +66,7 @@ ACTIVATION_CHECKPOINTING = False  # less memory, about a third more time
 # Output
 CKPT_DIR = "ckpts_lift"  # prefix of the folders that a run writes
 SAVE_EVERY = None  # steps between checkpoints; the last step is always saved
+SAVE_ADAPTER = False  # True: write the adapter too
 STATE_EVERY = 50  # steps between states to resume from
 
 CONSTANTS = [name for name in globals() if name.isupper()]
@@ -80,7 +81,7 @@ LIMITS = [  # names, allowed types, lowest and highest value
     ("COMPONENTS", [int], 2, 3),
     ("GRAD_CLIP", [int, float], 0, 10**6),
     ("LORA_ALPHA", [int, float, type(None)], 0, 10**6),
-    ("MASK_PADDING COMPILE ACTIVATION_CHECKPOINTING", [bool], False, True),
+    ("MASK_PADDING COMPILE ACTIVATION_CHECKPOINTING SAVE_ADAPTER", [bool], False, True),
     ("TIME_SCALING APPROXIMATE", [bool], False, True),
 ]
 
@@ -316,8 +317,7 @@ def build_model(device):
     """The base model, loaded straight to `device`, with the same new adapter on every rank."""
     options = {"dtype": compute_dtype(), "device_map": {"": device}, "output_loading_info": True}
     model, info = load_pretrained(AutoModelForCausalLM, **options)
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers would only warn
+    if missing := sorted(info["missing_keys"]):  # transformers would only warn
         sys.exit(f"{MODEL_NAME = }: {len(missing)} weights are missing, such as {missing[0]}")
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     for layer in lists[0] if lists else []:
@@ -326,8 +326,8 @@ def build_model(device):
         if COMPILE:
             layer.compile()
     torch.manual_seed(SEED)
-    alpha = 2 * LORA_RANK if LORA_ALPHA is None else LORA_ALPHA
-    lora = LoraConfig(r=LORA_RANK, lora_alpha=alpha, lora_dropout=LORA_DROPOUT)
+    lora = LoraConfig(r=LORA_RANK, lora_dropout=LORA_DROPOUT, revision=MODEL_REVISION)
+    lora.lora_alpha = 2 * LORA_RANK if LORA_ALPHA is None else LORA_ALPHA
     lora.target_modules = lora_targets(model)
     return get_peft_model(model, lora).train()
 
@@ -367,21 +367,23 @@ def save_merged(model, tokenizer, folder):
             b = layer.lora_B["default"].weight.float()
             weights[f"{name}.weight"] = (w + layer.scaling["default"] * b @ a).bfloat16().cpu()
     base.save_pretrained(folder, state_dict=weights)
-    base.config.dtype = torch.bfloat16  # save_pretrained has written that of the computation
+    base.config.dtype = torch.bfloat16  # not that of the computation
     base.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def save_checkpoint(model, tokenizer, path, state):
-    """Rank 0 writes the merged model to `path`, which appears when it is complete; others wait."""
+def save_checkpoint(model, tokenizer, path, folder):
+    """Rank 0 saves the merged model to `folder`, then renames it to `path`; others wait."""
     if dist.get_rank() == 0 and not os.path.exists(path):  # or a killed run saved it
-        shutil.rmtree(state / "checkpoint", ignore_errors=True)  # what a kill left
+        shutil.rmtree(folder, ignore_errors=True)  # what a kill left
         try:
-            save_merged(model, tokenizer, state / "checkpoint")
+            save_merged(model, tokenizer, folder)
+            if SAVE_ADAPTER:
+                model.save_pretrained(folder / "adapter", save_embedding_layers=False)
             os.sync()
-            os.rename(state / "checkpoint", path)
+            os.rename(folder, path)
         finally:
-            shutil.rmtree(state / "checkpoint", ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
 
 
@@ -487,8 +489,7 @@ def check_model(model):
     if mask_id not in (None, MASK_ID) or vocabulary <= MASK_ID:
         own = f"{MODEL_NAME} has {vocabulary} ids, its mask token is {mask_id or 'unknown'}"
         problems.append(f"{MASK_ID = }: {own}")
-    targets = lora_targets(model)
-    if not targets:
+    if not (targets := lora_targets(model)):
         problems.append(f"{TARGET_MODS = }: no linear layer of {MODEL_NAME} has such a name")
     for target in TARGET_MODS:
         count = sum(f".{name}".endswith(f".{target}") for name in targets)
@@ -570,7 +571,7 @@ def train_step(engine, examples, draws, micro_batches, pad_id):
     loss_sum = torch.zeros((), device=engine.device)
     for numbers in micro_batches:
         stream = np.random.default_rng((SEED, numbers[0], 2))  # not that of a draw's noise
-        torch.manual_seed(int(stream.integers(2**63)))  # for dropout
+        torch.manual_seed(int(stream.integers(2**63)))  # dropout
         loss = supervised_loss(engine, *make_batch(examples, draws, numbers, pad_id))
         engine.backward(loss)
         engine.step()  # updates the weights after the last micro-batch
@@ -628,7 +629,7 @@ def main():
             bar.set_postfix(step=f"{step}/{steps}", loss=f"{loss:.3f}", lr=f"{lr:.1e}")
         if step == steps or (SAVE_EVERY and step % SAVE_EVERY == 0):
             path = f"{CKPT_DIR}_step{step:04d}{suffix[0]}"
-            save_checkpoint(model, tokenizer, path, state)
+            save_checkpoint(model, tokenizer, path, state / "checkpoint")
         if STATE_EVERY and step % STATE_EVERY == 0 and step < steps:
             save_state(engine, state, step)
 

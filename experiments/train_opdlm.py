@@ -516,8 +516,7 @@ def build_model(device):
     """The student, loaded straight to `device`, with the same new adapter on every rank."""
     options = {"dtype": compute_dtype(), "device_map": {"": device}, "output_loading_info": True}
     model, info = load_pretrained(AutoModelForCausalLM, **options)
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers would only warn
+    if missing := sorted(info["missing_keys"]):  # transformers would only warn
         sys.exit(f"{MODEL_NAME = }: {len(missing)} weights are missing, such as {missing[0]}")
     model.config.update({"mask_token_id": MASK_ID, "block_causal": BLOCK_SIZE})  # for decode.py
     model.config.update({"logit_shift": LOGIT_SHIFT})
@@ -527,8 +526,8 @@ def build_model(device):
     if FULL_FT:
         return model.train()
     torch.manual_seed(SEED)
-    alpha = 2 * LORA_RANK if LORA_ALPHA is None else LORA_ALPHA
-    lora = LoraConfig(r=LORA_RANK, lora_alpha=alpha, lora_dropout=LORA_DROPOUT)
+    lora = LoraConfig(r=LORA_RANK, lora_dropout=LORA_DROPOUT, revision=MODEL_REVISION)
+    lora.lora_alpha = 2 * LORA_RANK if LORA_ALPHA is None else LORA_ALPHA
     lora.target_modules = lora_targets(model)
     return get_peft_model(model, lora).train()
 
@@ -576,7 +575,7 @@ def save_merged(model, tokenizer, folder):
             b = layer.lora_B["default"].weight.float()
             weights[f"{name}.weight"] = (w + layer.scaling["default"] * b @ a).bfloat16().cpu()
     base.save_pretrained(folder, state_dict=weights)
-    base.config.dtype = torch.bfloat16  # save_pretrained has written that of the computation
+    base.config.dtype = torch.bfloat16  # not that of the computation
     base.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -696,8 +695,7 @@ def check_model(model):
     if mask_id not in (None, MASK_ID) or vocabulary <= MASK_ID:
         own = f"{MODEL_NAME} has {vocabulary} ids, its mask token is {mask_id or 'unknown'}"
         problems.append(f"{MASK_ID = }: {own}")
-    targets = lora_targets(model)
-    if not targets:
+    if not (targets := lora_targets(model)):
         problems.append(f"{TARGET_MODS = }: no linear layer of {MODEL_NAME} has such a name")
     for target in TARGET_MODS:
         count = sum(f".{name}".endswith(f".{target}") for name in targets)
@@ -801,7 +799,7 @@ def train_step(engine, teacher, examples, draws, micro_batches, answers):
     loss_sum = torch.zeros((), device=engine.device)
     for numbers in micro_batches:
         stream = np.random.default_rng((SEED, numbers[0], 2))  # not that of a draw's noise
-        torch.manual_seed(int(stream.integers(2**63)))  # for dropout
+        torch.manual_seed(int(stream.integers(2**63)))  # dropout
         rows, steps, answer_len, noise = zip(*[answers[number] for number in numbers], strict=True)
         rows, steps, noise = [pad_sequence(part, batch_first=True) for part in (rows, steps, noise)]
         noisy_ids, loss_mask = corrupt(rows, steps, torch.tensor(answer_len)[:, None], noise)

@@ -213,9 +213,9 @@ def test_a_checkpoint_appears_when_it_is_whole(alone, tmp_path, monkeypatch):
         seen.append(path.exists())
 
     monkeypatch.setattr(alone, "save_merged", save_merged)
-    alone.save_checkpoint(None, None, path, state)
+    alone.save_checkpoint(None, None, path, state / "checkpoint")
     assert seen == [False] and os.listdir(path) == ["file"] and os.listdir(state) == []
-    alone.save_checkpoint(None, None, path, state)  # it is there already
+    alone.save_checkpoint(None, None, path, state / "checkpoint")  # it is there already
     assert seen == [False]
 
 
@@ -227,7 +227,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(alone, tmp_path, mon
 
     monkeypatch.setattr(alone, "save_merged", save_merged)
     with pytest.raises(OSError, match="No space left"):
-        alone.save_checkpoint(None, None, tmp_path / "run_step0003", tmp_path)
+        alone.save_checkpoint(None, None, tmp_path / "run_step0003", tmp_path / "checkpoint")
     assert os.listdir(tmp_path) == []
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 
+import decode
+import evaluate
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -97,6 +99,30 @@ def test_checkpoint_loads_by_itself(trainer, tmp_path):
     ]
     assert tokenizers[0].chat_template == tokenizers[1].chat_template
     assert tokenizers[0]("12 pens")["input_ids"] == tokenizers[1]("12 pens")["input_ids"]
+
+
+def test_the_adapter_beside_a_checkpoint_gives_the_same_weights(trainer, tmp_path, monkeypatch):
+    """Loaded by decode.py and evaluate.py with its base, and merged in float32."""
+    monkeypatch.setattr(trainer.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(trainer.dist, "barrier", lambda: None)
+    monkeypatch.setattr(trainer, "SAVE_ADAPTER", True)
+    tokenizer = AutoTokenizer.from_pretrained(trainer.MODEL_NAME, fix_mistral_regex=False)
+    trainer.save_checkpoint(adapted(trainer), tokenizer, tmp_path / "run", tmp_path / "unfinished")
+    adapter = str(tmp_path / "run" / "adapter")
+    assert set(os.listdir(adapter)) >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert os.path.getsize(f"{adapter}/adapter_model.safetensors") < 2**20
+    assert decode.base_of(adapter, "x") == (trainer.MODEL_NAME, trainer.MODEL_REVISION)
+
+    merged = load_file(tmp_path / "run" / "model.safetensors")
+    loaded = decode.load_model(adapter, dtype=torch.float32).state_dict()
+    assert loaded.keys() == merged.keys()
+    assert all(torch.equal(loaded[name].bfloat16(), merged[name]) for name in merged)
+    config, vocabulary = evaluate.load_config(adapter, "main")
+    assert (config.model_type, vocabulary) == ("llada", len(merged["model.transformer.wte.weight"]))
+    identities = {
+        evaluate.model_identity(str(path), config) for path in (adapter, trainer.MODEL_NAME)
+    }
+    assert len(identities) == 2
 
 
 def test_targets_never_reach_the_head(trainer):

@@ -12,7 +12,8 @@ LIFT = (SUITE / "experiments" / "train_lift.py").read_text()
 LIFT_METHOD = {"make_batch", "corrupt", "supervised_loss"}
 LIFT_ADDED = ["lowest", "band", "token_nll", "score"]
 OPDLM = (SUITE / "experiments" / "train_opdlm.py").read_text()
-OPDLM_OWN = {"corrupt", "build_model", "save_merged", "describe_run", "train_step", "main"}
+OPDLM_OWN = {"corrupt", "build_model", "save_merged", "save_checkpoint"}
+OPDLM_OWN |= {"describe_run", "train_step", "main"}
 
 
 def functions(source):
