@@ -1,33 +1,35 @@
-"""Accuracy of a checkpoint or base model: block decoding of a test set, graded with math-verify.
+"""Accuracy of a checkpoint or base model: block decoding as a model of lm-evaluation-harness.
 
     python experiments/evaluate.py --model CHECKPOINT --dataset gsm8k --output results/blockwise
     deepspeed --num_gpus 8 experiments/evaluate.py --model CHECKPOINT --dataset math500 --output DIR
     python experiments/evaluate.py --model M --dataset rows.jsonl --output DIR --block_length 8
+    python experiments/evaluate.py --model M --task gsm8k_cot_zeroshot --output DIR
 
-Each line of a local .jsonl has a `query`, and an `answer` or `response`. The prompts are those of
-pt.py. Each process generates every n-th batch and appends the answers to DIR/generations.jsonl; the
-process that completes this file grades all answers and writes DIR/summary.json. To resume an
-evaluation that was stopped, give the same command again.
+--dataset is a test set in the prompt of pt.py, graded by math-verify (the tasks in tasks/). --task
+is any generative task of lm-evaluation-harness, with its own prompt and metrics.
+
+Each process generates every n-th batch of answers and writes it to DIR/answers/; the one that comes
+last grades them all, and writes DIR/samples.jsonl and DIR/summary.json. To resume an evaluation
+that was stopped, give the same command again, on any number of processes.
 """
 
 import argparse
 import fcntl
 import json
+import logging
 import math
 import os
 import sys
 import time
-from contextlib import contextmanager
 from glob import escape, glob
 from importlib.metadata import version
+from pathlib import Path
 
 from decode_flags import add_decoding_flags, add_model_flags, check_flags, decode_options
 
-BENCHMARKS = {  # hub id, configuration, split, columns of question and answer
-    "gsm8k": ("openai/gsm8k", "main", "test", "question", "answer"),
-    "math500": ("HuggingFaceH4/MATH-500", "default", "test", "problem", "answer"),
-}
-LIBRARIES = ("torch", "transformers", "math-verify", "sympy")  # their versions can change verdicts
+TASKS = Path(__file__).with_name("tasks")
+BENCHMARKS = {"gsm8k": "metamath_gsm8k", "math500": "metamath_math500"}  # tasks of --dataset
+LIBRARIES = ("torch", "transformers", "lm_eval", "math-verify", "sympy")  # can change verdicts
 
 
 def parse_args(argv):
@@ -38,121 +40,189 @@ def parse_args(argv):
     )
     add_model_flags(parser)
     add_decoding_flags(parser)
-    parser.add_argument(
-        "--dataset", required=True, help=f"{', '.join(BENCHMARKS)}, or a .jsonl file"
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help="for generations.jsonl and summary.json"
-    )
-    parser.add_argument("--limit", type=int, help="use only the first problems (all)")
-    parser.add_argument(
-        "--batch_size", type=int, default=16, help="answers at a time per process (%(default)s)"
-    )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--dataset", help=f"{', '.join(BENCHMARKS)}, or a .jsonl file")
+    what.add_argument("--task", help="of lm-evaluation-harness; `lm_eval ls tasks` lists them")
+    add = parser.add_argument
+    add("--output", required=True, metavar="DIR", help="for answers, samples and summary")
+    add("--limit", type=int, help="use only the first problems (all)")
+    add("--batch_size", type=int, default=16, help="answers at a time per process (%(default)s)")
+    add("--num_fewshot", type=int, help="worked examples in the prompt (the task's own number)")
+    add("--no_chat_template", action="store_true", help="plain prompts, for base models")
+    unsafe = "let a task run the code that the model wrote"
+    add("--confirm_run_unsafe_code", action="store_true", help=unsafe)
+    add("--local_rank", help=argparse.SUPPRESS)  # the launcher's
     args = parser.parse_args(argv)
-    if args.limit is not None and args.limit < 1:
-        parser.error(f"--limit {args.limit}: must be at least 1")
-    if args.batch_size < 1:
-        parser.error(f"--batch_size {args.batch_size}: must be at least 1")
+    for name, lowest in {"limit": 1, "batch_size": 1, "num_fewshot": 0}.items():
+        value = getattr(args, name)
+        if value is not None and value < lowest:
+            parser.error(f"--{name} {value}: must be at least {lowest}")
+    if args.dataset and args.num_fewshot:
+        parser.error(f"--num_fewshot {args.num_fewshot}: only with --task")
     check_flags(parser, args)
     return args
 
 
 if __name__ == "__main__":  # before the slow imports: --help and a wrong flag answer at once
     parse_args(sys.argv[1:])
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"
 
 import decode
 import grade
 import suite  # noqa: F401 (pt.py is one folder up)
 import torch
 from accelerate import init_empty_weights
-from datasets import load_dataset
 from files import digest, file_digest, write_json, write_text
+from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate as run_harness
+from lm_eval.tasks import TaskManager
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, logging
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import set_verbosity_error
 
 import pt
 
-# -------------------------------------------------------------------------------------- problems
+# ------------------------------------------------------------------------------------- the task
 
 
-def load_problems(dataset, limit):
-    """The first `limit` (None: all) problems of a dataset as [(query, final answer)].
+def load_task(dataset=None, task=None, num_fewshot=None):
+    """A task of lm-evaluation-harness with its problems: that of a `dataset`, or the one named.
 
     Raises:
-        SystemExit: if they cannot be read, there are none, or one has no final answer.
+        SystemExit: if it cannot be loaded, or has no problems, or is not generative.
     """
+    if dataset is not None:
+        given = f"--dataset {dataset}"
+        remedy = f"give {', '.join(BENCHMARKS)}, or a .jsonl file"
+        spec = BENCHMARKS.get(dataset)
+        if spec is None:  # metamath of another file: the harness changes members of groups only
+            member = {"task": "metamath", "dataset_kwargs": {"data_files": {"test": str(dataset)}}}
+            spec = {"group": "local", "task": [member]}
+    else:
+        given = f"--task {task}"
+        remedy = "give another one; `lm_eval ls tasks` lists them"
+        spec = task
     try:
-        if dataset in BENCHMARKS:
-            pairs = load_benchmark(dataset)
-        else:
-            pairs = read_problems(dataset)
-    except (OSError, UnicodeDecodeError) as error:
-        names = ", ".join(BENCHMARKS)
-        sys.exit(f"--dataset {dataset} cannot be read ({error}); give {names}, or a .jsonl file")
-    except Exception as error:  # the hub fails in many ways
-        why = pt.first_line(error)
-        sys.exit(f"--dataset {dataset} cannot be loaded ({why}); give a .jsonl file")
-    if not pairs:
-        sys.exit(f"--dataset {dataset} has no problems; give another one")
-
-    problems = []
-    for number, (query, solution) in enumerate(pairs, start=1):
-        # a worked solution, as GSM8K's are, or the final answer itself
-        gold = grade.final_answer(solution) or solution.strip()
-        if not gold or "\n" in gold:
-            sys.exit(
-                f"--dataset {dataset}: problem {number} has no final answer: {solution[-80:]!r}; "
-                'let it end in "The answer is: ..."'
-            )
-        problems.append((query, gold))
-    return problems[:limit]
+        # the harness's own index takes some seconds
+        harness = task is not None and not task.endswith((".yaml", ".yml"))
+        manager = TaskManager(include_path=str(TASKS), include_defaults=harness)
+        loaded = manager.load(spec)["tasks"]
+    except Exception as error:  # the hub, files and tasks fail in many ways
+        cause = error.__cause__ or error  # of the dataset library's errors on a file
+        sys.exit(f"{given} cannot be loaded ({pt.first_line(cause)}); {remedy}")
+    if len(loaded) > 1:
+        sys.exit(f"{given} is a group; give one of its tasks: {', '.join(loaded)}")
+    (loaded,) = loaded.values()
+    if loaded.OUTPUT_TYPE != "generate_until" or getattr(loaded, "MULTIMODAL", False):
+        sys.exit(f"{given} does not generate text from text; {remedy}")
+    if num_fewshot is not None:
+        loaded.set_config("num_fewshot", num_fewshot)
+    loaded.set_fewshot_seed(0)
+    return loaded
 
 
-def load_benchmark(name):
-    """[(query, solution)] of one of the BENCHMARKS."""
-    path, configuration, split, query, solution = BENCHMARKS[name]
-    rows = load_dataset(path, configuration, split=split)
-    return [(row[query], row[solution]) for row in rows]
+class Ended(Exception):
+    """This process has nothing left to do."""
 
 
-def read_problems(path):
-    """[(query, solution)] of a .jsonl file.
+class BlockDecoder(LM):
+    """A model of lm-evaluation-harness that decodes block by block.
 
-    Raises:
-        SystemExit: if a line has none.
+    It loads its weights when it gets the requests, after all checks. The harness sees one process:
+    `generate_until` itself shares the requests out among the ranks, in batches that do not depend
+    on the number of ranks, and only the process that comes last returns from it.
     """
-    pairs = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                sys.exit(
-                    f"--dataset {path}: line {number} is not JSON ({error}); "
-                    "give one object per line"
-                )
-            pair = query_and_solution(row)
-            if pair is None:
-                sys.exit(
-                    f"--dataset {path}: line {number} needs a text `query`, and an `answer` or "
-                    f"`response`: {line.strip()[:80]}"
-                )
-            pairs.append(pair)
-    return pairs
+
+    def __init__(self, args, task):
+        super().__init__()
+        self.args = args
+        self.task = task
+        self.tokenizer = pt.load_tokenizer(*decode.base_of(args.model, args.model_revision))
+        self.description = None  # of the evaluation, see `describe`
+        self.records = []  # of the answers, see `answer`
+
+    @property
+    def tokenizer_name(self):
+        return self.tokenizer.name_or_path
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        """The text of a conversation, at whose end the model continues."""
+        options = {"continue_final_message": True}  # if the task has begun the answer
+        if add_generation_prompt:
+            options = {"add_generation_prompt": True}
+        try:
+            return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
+        except Exception as error:  # a template is a program and can fail in any way
+            why = pt.first_line(error)
+            sys.exit(f"--model {self.args.model}: its chat template fails ({why}); give another")
+
+    def generate_until(self, requests):
+        """The texts of the answers to all requests, each up to its first stop sequence.
+
+        Of the settings that a request brings only the stop sequences are used.
+
+        Raises:
+            Ended: if answers are missing that other processes generate, or all is done.
+            SystemExit: if the model or the folder does not suit.
+        """
+        args = self.args
+        contexts = [request.args[0] for request in requests]
+        special_tokens = args.no_chat_template  # the template has its own
+        prompts = self.tokenizer(contexts, add_special_tokens=special_tokens)["input_ids"]
+        with open(os.path.join(args.output, "lock"), "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # transformers copies the model's code to a cache
+            config, vocabulary = load_config(args.model, args.model_revision)
+            special = decode.special_ids(args.model, config, self.tokenizer, vocabulary)
+            decode.check_prompts(args.model, prompts, args.gen_length, special["mask_id"], config)
+            options = decode_options(args) | special
+            self.description = describe(args, options, config, self.task, requests)
+            claim(args.output, self.description)
+        if os.path.exists(os.path.join(args.output, "summary.json")):
+            raise Ended
+        decode.check_block_length(args.model, config, options["block_length"])
+        self.records = self.generate(options, prompts)
+        texts = [record["text"] for record in self.records]
+        return [cut(text, request.args[1]) for text, request in zip(texts, requests, strict=True)]
+
+    def generate(self, options, prompts):
+        """The records of the answers to all prompts; generates what is missing of its share."""
+        args = self.args
+        files = {}  # of each batch: it appears when its answers are complete
+        for number, batch in enumerate(make_batches(prompts, args.batch_size)):
+            files[os.path.join(args.output, "answers", f"{number:05}.json")] = batch
+        rank = int(os.environ.get("RANK", 0))
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        share = list(files)[rank::world_size]
+        missing = [path for path in share if not os.path.exists(path)]
+        if missing:
+            dtype = getattr(torch, args.dtype)
+            model = decode.load_model(args.model, args.model_revision, args.device, dtype)
+            check_padding(args, model, prompts)
+        bar = tqdm(share, unit=" batches", desc="generate")
+        for path in bar:
+            if path in missing:
+                write_json(path, answer(files[path], args, options, model, self.tokenizer, prompts))
+        if not all(map(os.path.exists, files)):
+            raise Ended
+        records = []
+        for path in files:
+            with open(path, encoding="utf-8") as file:
+                records += json.load(file)
+        return sorted(records, key=lambda record: record["index"])
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError("block decoding gives no likelihoods")
+
+    loglikelihood_rolling = loglikelihood
 
 
-def query_and_solution(row):
-    """(query, solution) of a line's content, `answer` before `response`; None if it has none."""
-    if not isinstance(row, dict):
-        return None
-    query = row.get("query")
-    solution = row.get("answer", row.get("response"))
-    if not isinstance(query, str) or not query.strip():
-        return None
-    if not isinstance(solution, str | int | float):
-        return None
-    return query, str(solution)
+def cut(text, settings):
+    """`text` up to the first of the request's stop sequences."""
+    stops = settings.get("until") or []
+    for stop in [stops] if isinstance(stops, str) else stops:
+        text = text.partition(stop)[0]
+    return text
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -164,6 +234,7 @@ def load_config(name, revision):
     Raises:
         SystemExit: if they cannot be loaded.
     """
+    name, revision = decode.base_of(name, revision)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
         code = {"code_revision": revision} if hasattr(config, "auto_map") else {}
@@ -182,7 +253,9 @@ def model_identity(name, config):
     paths = []
     for kind in ("safetensors", "bin", "json", "jinja", "py", "model", "txt"):
         paths += glob(os.path.join(escape(name), f"*.{kind}"))
-    return digest(*(f"{os.path.basename(path)} {file_digest(path)}" for path in sorted(paths)))
+    identity = digest(*(f"{os.path.basename(path)} {file_digest(path)}" for path in sorted(paths)))
+    base, _ = decode.base_of(name, None)
+    return identity if base == name else digest(identity, model_identity(base, config))
 
 
 @torch.no_grad()
@@ -213,41 +286,31 @@ def check_padding(args, model, prompts):
 # ------------------------------------------------------------------- the evaluation in its folder
 
 
-def describe(args, options, config, prompts, golds):
+def describe(args, options, config, task, requests):
     """All that can change an answer or its verdict, and the versions of libraries, for JSON.
 
     Paths and times are left out, so that a folder can be moved and its model copied.
     """
-    problems = [f"{prompt} {gold}" for prompt, gold in zip(prompts, golds, strict=True)]
+    problems = []
+    for request in requests:
+        problems.append(json.dumps([request.doc, request.args], sort_keys=True, default=str))
+    grading = {}
+    for name in ("metric_list", "filter_list", "process_results"):
+        grading[name] = task.dump_config().get(name)  # its function as source
     settings = {
         **options,
         "seed": args.seed,
         "batch_size": args.batch_size,
         "dtype": args.dtype,
         "device": args.device.partition(":")[0],
-        "count": len(prompts),
-        "prompt": pt.PROMPT,
+        "task": task.task_name,
+        "grading_sha256": digest(json.dumps(grading, default=lambda x: getattr(x, "__name__", ""))),
+        "count": len(requests),
         "problems_sha256": digest(*problems),
         "model": model_identity(args.model, config),
     }
     versions = {library: version(library) for library in LIBRARIES}
     return {"settings": settings, "versions": versions}
-
-
-@contextmanager
-def locked(folder, repair=True):
-    """Wait until no other process is writing to `folder`; yields the path of generations.jsonl.
-
-    If a kill has cut this file off in the middle of a line, the rest of the line is removed first,
-    unless `repair` is False.
-    """
-    with open(os.path.join(folder, "lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        path = os.path.join(folder, "generations.jsonl")
-        if repair and os.path.exists(path):
-            with open(path, "rb+") as file:
-                file.truncate(file.read().rfind(b"\n") + 1)
-        yield path
 
 
 def claim(folder, description):
@@ -257,25 +320,22 @@ def claim(folder, description):
         SystemExit: if the folder has another evaluation, or something else.
     """
     path = os.path.join(folder, "settings.json")
-    summary = os.path.join(folder, "summary.json")
-    with locked(folder, repair=False) as generations:
-        for other in (generations, summary):
-            if os.path.exists(other) and not os.path.exists(path):
-                name = os.path.basename(other)
-                sys.exit(f"--output {folder} has {name} but no settings.json; give another folder")
-        if not os.path.exists(generations):
-            write_json(path, description)
-        try:
+    has_summary = os.path.exists(os.path.join(folder, "summary.json"))
+    begun = has_summary or os.listdir(os.path.join(folder, "answers"))
+    if begun and not os.path.exists(path):
+        sys.exit(f"--output {folder} has answers but no settings.json; give another folder")
+    try:
+        before = description
+        if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
-                known = json.load(file)
-            before = known["settings"] | known["versions"]
-        except (ValueError, KeyError, TypeError):
-            sys.exit(f"{path} is damaged, or not of an evaluation; give another folder")
-    check_unchanged(folder, before, description["settings"] | description["versions"])
-
-
-def check_unchanged(folder, before, now):
-    """End with a message if the settings of the evaluation in `folder` are not those of now."""
+                before = json.load(file)
+        before = before["settings"] | before["versions"]
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"{path} is damaged, or not of an evaluation; give another folder")
+    if not begun:
+        write_json(path, description)
+        return
+    now = description["settings"] | description["versions"]
     changes = []
     for name in before | now:
         if before.get(name) != now.get(name):
@@ -285,36 +345,6 @@ def check_unchanged(folder, before, now):
             f"--output {folder} has an evaluation with other settings: {'; '.join(changes)}; "
             "give the same settings, or another folder"
         )
-
-
-def read_generations(path):
-    """The answers so far: {number of the problem: its record}.
-
-    Raises:
-        SystemExit: if the file is damaged.
-    """
-    if not os.path.exists(path):
-        return {}
-    records = {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                record = json.loads(line)
-                records[record["index"]] = record
-    except (ValueError, KeyError, TypeError):
-        sys.exit(f"{path} is damaged; remove the line that is not JSON, or give another folder")
-    return records
-
-
-def append_records(folder, records):
-    """Append to generations.jsonl, but for problems that another process has answered meanwhile."""
-    with locked(folder) as path:
-        done = read_generations(path)
-        lines = [json.dumps(record) + "\n" for record in records if record["index"] not in done]
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 # ------------------------------------------------------------------------------------ generation
@@ -335,29 +365,7 @@ def make_batches(prompts, batch_size):
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
-def generate(args, options, model, tokenizer, prompts, queries):
-    """Generate this process's share of the missing answers, batch by batch.
-
-    A batch of which an answer is missing is generated as a whole: padding can change rounding.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    batches = make_batches(prompts, args.batch_size)[rank::world_size]
-    with locked(args.output) as path:
-        done = set(read_generations(path))
-    total = sum(len(batch) for batch in batches)
-    bar = tqdm(total=total, unit=" answers", desc="generate", disable=rank != 0)
-    for batch in batches:
-        missing = set(batch) - done
-        bar.update(len(batch) - len(missing))
-        if missing:
-            records = answer(batch, args.seed, options, model, tokenizer, prompts, queries)
-            append_records(args.output, records)
-            bar.update(len(missing))
-    bar.close()
-
-
-def answer(batch, seed, options, model, tokenizer, prompts, queries):
+def answer(batch, args, options, model, tokenizer, prompts):
     """Decode a batch of problem numbers: a record per problem."""
     forwards = [0] * len(batch)
 
@@ -370,7 +378,7 @@ def answer(batch, seed, options, model, tokenizer, prompts, queries):
         model,
         [prompts[number] for number in batch],
         **options,
-        seeds=[seed << 32 | number for number in batch],
+        seeds=[args.seed << 32 | number for number in batch],
         callback=count_forwards,
     )
     seconds = (time.perf_counter() - start) / len(batch)
@@ -379,76 +387,41 @@ def answer(batch, seed, options, model, tokenizer, prompts, queries):
     for row, number in enumerate(batch):
         tokens = decode.answer_length(answers[row], options["eos_id"], options["eot_id"])
         text = tokenizer.decode(answers[row, :tokens], skip_special_tokens=True)
-        record = {
-            "index": number,
-            "text": text.strip(),
-            "tokens": tokens,
-            "forwards": forwards[row],
-            "seconds": seconds,
-            "query": queries[number],
-        }
-        records.append(record)
+        costs = {"tokens": tokens, "forwards": forwards[row], "seconds": seconds}
+        records.append({"index": number, "text": text, **costs})
     return records
 
 
 # ----------------------------------------------------------------------------------- the summary
 
 
-def finish(folder, golds, description):
-    """Grade and summarize, if all answers are there and nobody has done so yet.
+def summarize(metrics, samples, records):
+    """What the answers are worth, and what they cost.
 
-    Returns:
-        the summary, a dict; None if answers are missing.
+    Args:
+        metrics: the harness's, {"metric,filter": value}.
+        samples: the harness's, a dict per problem and filter.
+        records: of the answers.
     """
-    summary = os.path.join(folder, "summary.json")
-    with locked(folder) as path:
-        by_number = read_generations(path)
-        if len(by_number) < len(golds):
-            return None
-        records = [by_number[number] for number in range(len(golds))]
-        graded = all("correct" in record for record in records)
-        if not graded or not os.path.exists(summary):
-            records = grade_all(records, golds)
-            write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-            write_json(summary, summarize(records) | description)
-    with open(summary, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def grade_all(records, golds):
-    """The records with their verdicts, in the same order."""
-    texts = [record["text"] for record in records]
-    verdicts = grade.grade(zip(texts, golds, strict=True))
-    bar = tqdm(verdicts, total=len(records), unit=" answers", desc="grade")
-    graded = []
-    for record, gold, verdict in zip(records, golds, bar, strict=True):
-        found = {
-            "gold": gold,
-            "prediction": grade.final_answer(record["text"]),
-            "correct": bool(verdict),
-            "ungraded": verdict is None,
-            "exact_match": grade.exact_match(record["text"], gold),
-        }
-        graded.append(record | found)
-    return graded
-
-
-def summarize(records):
-    """What the answers are worth, and what they cost."""
+    last = samples[-1]
+    name = "math_verify" if "math_verify" in last["metrics"] else last["metrics"][0]
+    graded = [sample for sample in samples if sample["filter"] == last["filter"]]
+    values = [sample[name] for sample in graded]
+    interval = None
+    if all(value in (0, 1) for value in values):
+        interval = interval_95(sum(values), len(values))
     totals = {}
-    for name in ("correct", "exact_match", "ungraded", "tokens", "forwards", "seconds"):
-        totals[name] = sum(record[name] for record in records)
-    count = len(records)
+    for cost in ("tokens", "forwards", "seconds"):
+        totals[cost] = sum(record[cost] for record in records)
     return {
-        "accuracy": totals["correct"] / count,
-        "exact_match": totals["exact_match"] / count,
-        "interval_95": interval_95(totals["correct"], count),
-        "count": count,
-        "ungraded": totals["ungraded"],
-        "tokens": totals["tokens"],
-        "forwards": totals["forwards"],
-        "seconds": totals["seconds"],
+        "accuracy": metrics[f"{name},{last['filter']}"],
+        "exact_match": metrics.get(f"exact_match,{last['filter']}"),
+        "interval_95": interval,
+        "count": len(values),
+        "ungraded": sum(sample.get("ungraded", 0) for sample in graded),
+        **totals,
         "tokens_per_second": totals["tokens"] / totals["seconds"],
+        "metrics": metrics,
     }
 
 
@@ -462,47 +435,61 @@ def interval_95(correct, count):
     return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
-def report(folder, summary):
-    """Print the summary, or that there is none yet."""
-    if summary is None:
+def report(folder):
+    """Print the summary, or that there is none yet; returns it, or None."""
+    path = os.path.join(folder, "summary.json")
+    if not os.path.exists(path):
         print(f"{folder}: this process has finished; others are still running, or not yet started")
-        return
-    low, high = summary["interval_95"]
+        return None
+    with open(path, encoding="utf-8") as file:
+        summary = json.load(file)
+    print(f"{folder}: {summary['count']} answers")
+    if summary["interval_95"]:
+        low, high = summary["interval_95"]
+        print(f"accuracy {summary['accuracy']:.1%}, 95 % interval {low:.1%} to {high:.1%}")
+    for name, value in summary["metrics"].items():
+        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     print(
-        f"{folder}: accuracy {summary['accuracy']:.1%}, 95 % interval {low:.1%} to {high:.1%}\n"
-        f"exact match {summary['exact_match']:.1%}, "
-        f"{summary['count']} answers, {summary['ungraded']} ungraded\n"
         f"{summary['tokens']:,} tokens, {summary['forwards']:,} forward passes, "
         f"{summary['tokens_per_second']:.0f} tokens/s per process"
     )
+    return summary
 
 
 # ------------------------------------------------------------------------------------------ main
 
 
-def evaluate(args, problems):
-    """Generate and grade the answers of `problems`; the summary, or None if answers are missing."""
-    queries = [query for query, _ in problems]
-    golds = [gold for _, gold in problems]
-    os.makedirs(args.output, exist_ok=True)
-    grade.check()
+def evaluate(args):
+    """Generate and grade the answers of the task; writes samples.jsonl and summary.json.
 
-    tokenizer = pt.load_tokenizer(args.model, args.model_revision)
-    prompts = decode.encode_prompts(tokenizer, queries)
-    with locked(args.output, repair=False):  # transformers copies the model's code to a cache
-        config, vocabulary = load_config(args.model, args.model_revision)
-    special = decode.special_ids(args.model, config, tokenizer, vocabulary)
-    decode.check_prompts(args.model, prompts, args.gen_length, special["mask_id"], config)
-    options = decode_options(args) | special
-    decode.check_block_length(args.model, config, options["block_length"])
-    description = describe(args, options, config, prompts, golds)
-    claim(args.output, description)
-
-    dtype = getattr(torch, args.dtype)
-    model = decode.load_model(args.model, args.model_revision, args.device, dtype)
-    check_padding(args, model, prompts)
-    generate(args, options, model, tokenizer, prompts, queries)
-    return finish(args.output, golds, description)
+    Raises:
+        Ended: if this process has nothing to grade.
+        SystemExit: if something does not suit.
+    """
+    task = load_task(args.dataset, args.task, args.num_fewshot)
+    if getattr(task, "UNSAFE_CODE", False) and not args.confirm_run_unsafe_code:
+        remedy = "give --confirm_run_unsafe_code, in a sandbox"
+        sys.exit(f"--task {args.task} runs the code that the model wrote; {remedy}")
+    os.makedirs(os.path.join(args.output, "answers"), exist_ok=True)
+    if args.dataset is not None:
+        grade.check()
+    model = BlockDecoder(args, task)
+    results = run_harness(
+        model,
+        {"tasks": {task.task_name: task}},
+        limit=args.limit,
+        bootstrap_iters=0,
+        apply_chat_template=not args.no_chat_template,
+        fewshot_as_multiturn=True,
+        confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+    )
+    samples = results["samples"][task.task_name]
+    lines = [json.dumps(sample, default=str) + "\n" for sample in samples]
+    write_text(os.path.join(args.output, "samples.jsonl"), "".join(lines))
+    metrics = results["results"][task.task_name]
+    metrics = {name: x for name, x in metrics.items() if "," in name and "_stderr" not in name}
+    summary = summarize(metrics, samples, model.records) | model.description
+    write_json(os.path.join(args.output, "summary.json"), summary)
 
 
 def main(argv):
@@ -514,10 +501,12 @@ def main(argv):
     args = parse_args(argv)
     decode.set_device(args)
     share_cores(args.device)
-    logging.set_verbosity_error()
-    problems = load_problems(args.dataset, args.limit)
+    set_verbosity_error()
+    logging.getLogger("lm_eval").setLevel("ERROR")
     try:
-        summary = evaluate(args, problems)
+        evaluate(args)
+    except Ended:
+        pass
     except torch.OutOfMemoryError:
         sys.exit(f"--batch_size {args.batch_size}: out of memory; give a lower one")
     except OSError as error:
@@ -527,8 +516,7 @@ def main(argv):
         )
     except KeyboardInterrupt:
         sys.exit("interrupted; give the same command again to resume")
-    report(args.output, summary)
-    return summary
+    return report(args.output)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def file_digest(path):
 
 def write_text(path, text):
     """Write `text` to `path`. A reader sees the old file or the whole new one, never a part."""
-    partial = f"{path}.partial"
+    partial = f"{path}.{os.getpid()}.partial"  # other processes may write it too
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(partial, path)

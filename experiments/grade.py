@@ -4,18 +4,19 @@
 
 Reads lines of JSON `[text, gold]` and prints `[verdict]` for each. A symbolic comparison can take
 forever, or all memory, and cannot be interrupted in the middle of a computation in C. So the system
-ends the process after SECONDS on one line, and limits its memory to GIGABYTES. `grade` starts such
-processes: the line that ended one gets the verdict None, and a new process continues after it.
+ends the process after SECONDS on one line, and limits its memory to GIGABYTES. `equal_in_time`
+starts such a process, and another one after a line that ended it.
 """
 
 import argparse
 import json
+import os
 import re
 import resource
 import signal
 import subprocess
 import sys
-from functools import lru_cache
+from functools import cache
 
 SECONDS = 30
 GIGABYTES = 4
@@ -79,50 +80,39 @@ def as_formula(answer):
     return answer if "$" in answer else f"${answer}$"
 
 
-def grade(pairs):
-    """Yields a verdict for each (text, gold): True, False, or None.
+def equal_in_time(text, gold):
+    """The verdict of `equal`, from the other process: True, False, or None.
 
-    None is for a comparison that ended its process, by taking too long. One that runs out of memory
+    None is for a comparison that ended the process, by taking too long. One that runs out of memory
     is False, and so is one that math-verify cannot read.
     """
-    pairs = list(pairs)
-    done = 0
-    while done < len(pairs):
-        for verdict in grade_in_one_process(pairs[done:]):
-            done += 1
-            yield verdict
-        if done < len(pairs):
-            done += 1
-            yield None
+    process = start_process(os.getpid())
+    try:
+        process.stdin.write(json.dumps([text, gold]).encode() + b"\n")
+        return json.loads(process.stdout.readline())[0]
+    except (BrokenPipeError, json.JSONDecodeError):
+        process.kill()
+        process.wait()
+        start_process.cache_clear()
+        return None
 
 
-def grade_in_one_process(pairs):
-    """Yields verdicts until all are given, or the process has ended."""
-    with subprocess.Popen(
-        [sys.executable, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        bufsize=0,
-    ) as process:
-        for pair in pairs:
-            try:
-                process.stdin.write(json.dumps(pair).encode() + b"\n")
-                verdict = json.loads(process.stdout.readline())[0]
-            except (BrokenPipeError, json.JSONDecodeError):
-                process.kill()
-                return
-            yield verdict
+@cache
+def start_process(_):
+    """The process that compares for this one, and ends with it, as its input ends."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, __file__]
+    null = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, bufsize=0)
 
 
-@lru_cache
 def check():
     """Check that math-verify works.
 
     Raises:
         SystemExit: if it does not.
     """
-    if list(grade([("1", "1"), ("1", "2")])) != [True, False]:
+    if not equal_in_time("1", "1") or equal_in_time("1", "2") is not False:
         command = f'echo \'["1", "1"]\' | {sys.executable} {__file__}'
         sys.exit(f"math-verify does not work here; to see why: {command}")
 

@@ -315,7 +315,7 @@ def prepare(args):
         model = str(base / "model")
         data = str(base / "data" / "train.jsonl")
         test = str(base / "data" / "test.jsonl")
-    problems = evaluate.load_problems(test, args.limit)
+    problems = list(evaluate.load_task(test).eval_docs)[: args.limit]
     config, _ = evaluate.load_config(model, "main")
     contents = evaluate.model_identity(model, config)
     pt_file = preprocess(args, model, data, contents)

@@ -8,8 +8,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-# before any library is imported: no network, and no cache but the tests' own
+# before any library is imported: no network, no GPU, and no cache but the tests' own
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["DS_ACCELERATOR"] = "cpu"  # the launcher gives its processes all devices
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 

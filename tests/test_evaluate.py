@@ -15,6 +15,7 @@ import decode
 import evaluate
 import files
 import grade
+import lm_eval
 import pytest
 import suite
 import torch
@@ -61,12 +62,19 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def generations(folder):
-    """The records of generations.jsonl without times."""
-    records = read_lines(folder / "generations.jsonl")
+def answers(folder):
+    """The records of all answers without times, in order."""
+    records = []
+    for path in (folder / "answers").glob("*.json"):
+        records += json.loads(path.read_text())
     for record in records:
         del record["seconds"]
-    return records
+    return sorted(records, key=lambda record: record["index"])
+
+
+def samples(folder):
+    """What the harness found of each problem, in order."""
+    return read_lines(folder / "samples.jsonl")
 
 
 def timeless(summary):
@@ -85,26 +93,36 @@ def prompt_ids(model, problems):
 def test_what_is_written(problems, whole):
     folder, summary = whole
     assert json.loads((folder / "summary.json").read_text()) == summary
-    records = generations(folder)
+    records = answers(folder)
+    graded = samples(folder)
     assert summary["count"] == COUNT
     assert [record["index"] for record in records] == list(range(COUNT))
-    assert [record["gold"] for record in records] == [str(number) for number in range(COUNT)]
+    assert [sample["doc_id"] for sample in graded] == list(range(COUNT))
+    assert [sample["target"] for sample in graded] == [str(number) for number in range(COUNT)]
     queries = [row["query"] for row in read_lines(problems)]
-    assert [record["query"] for record in records] == queries
-    assert summary["accuracy"] == sum(record["correct"] for record in records) / COUNT
-    assert summary["exact_match"] == sum(record["exact_match"] for record in records) / COUNT
+    assert [sample["doc"]["query"] for sample in graded] == queries
+    assert [sample["resps"] for sample in graded] == [[[record["text"]]] for record in records]
+    assert summary["accuracy"] == sum(sample["math_verify"] for sample in graded) / COUNT
+    assert summary["exact_match"] == sum(sample["exact_match"] for sample in graded) / COUNT
     assert summary["forwards"] == sum(record["forwards"] for record in records) <= 6 * COUNT
     assert summary["tokens"] == sum(record["tokens"] for record in records) <= 12 * COUNT
 
 
+def test_prompts_are_those_of_training(model, problems, whole):
+    """Those that pt.py writes."""
+    tokenizer = pt.load_tokenizer(str(model))
+    contexts = [sample["arguments"][0][0] for sample in samples(whole[0])]
+    ids = tokenizer(contexts, add_special_tokens=False)["input_ids"]
+    assert ids == prompt_ids(model, problems)
+
+
 def test_settings_say_what_can_change_an_answer_without_paths_and_times(whole):
     summary = whole[1]
-    assert {"torch", "transformers", "math-verify"} <= summary["versions"].keys()
+    assert {"torch", "transformers", "lm_eval", "math-verify"} <= summary["versions"].keys()
     settings = summary["settings"]
     names = set(OPTIONS) | {"remasking", "temperature", "threshold", "seed", "mask_id", "eos_id"}
     assert names <= settings.keys()
-    text = json.dumps(settings | {"prompt": ""})
-    assert not re.search(r"/|\d\d:\d\d", text)
+    assert not re.search(r"/|\d\d:\d\d", json.dumps(settings))
 
 
 def test_accuracy_counts_correct_answers(model, problems, tmp_path, monkeypatch):
@@ -122,9 +140,9 @@ def test_accuracy_counts_correct_answers(model, problems, tmp_path, monkeypatch)
 
     monkeypatch.setattr(decode, "decode", decode_as_planned)
     summary = evaluate.main(words(model, problems, tmp_path / "out"))
-    records = generations(tmp_path / "out")
-    assert [record["exact_match"] for record in records] == [i % 3 == 0 for i in range(COUNT)]
-    assert [record["correct"] for record in records] == [i % 3 < 2 for i in range(COUNT)]
+    graded = samples(tmp_path / "out")
+    assert [sample["exact_match"] for sample in graded] == [i % 3 == 0 for i in range(COUNT)]
+    assert [sample["math_verify"] for sample in graded] == [i % 3 < 2 for i in range(COUNT)]
     assert (summary["exact_match"], summary["accuracy"]) == (5 / 14, 10 / 14)
 
 
@@ -141,36 +159,51 @@ def test_interval():
 # ------------------------------------------------------------------------------ stop and resume
 
 
-@pytest.mark.parametrize("cut", [0, 3, 5, 9, 13])
-def test_a_stopped_evaluation_resumes(model, problems, whole, tmp_path, cut):
-    """Stopped in the middle of the line of answer `cut`, in the middle of a batch or not."""
+@pytest.mark.parametrize("kept", [[], [0], [1, 3], [0, 1, 2, 3]])
+def test_a_stopped_evaluation_resumes(model, problems, whole, tmp_path, kept):
+    """Stopped while it wrote a batch, after the batches `kept`; at last, while it graded."""
     folder = tmp_path / "results"
-    folder.mkdir()
-    lines = (whole[0] / "generations.jsonl").read_text().splitlines(keepends=True)
-    order = []
-    for batch in evaluate.make_batches(prompt_ids(model, problems), BATCH_SIZE):
-        order += batch
-    kept = [lines[number] for number in order[: cut + 1]]
-    kept[-1] = kept[-1][: len(kept[-1]) // 2]
-    (folder / "generations.jsonl").write_text("".join(kept))
+    (folder / "answers").mkdir(parents=True)
+    for number in kept:
+        shutil.copy(whole[0] / "answers" / f"{number:05}.json", folder / "answers")
+    (folder / "answers" / "00002.json.77.partial").write_text('[{"index": 3, "te')
+    (folder / "samples.jsonl.77.partial").write_text('{"doc_id"')
     shutil.copy(whole[0] / "settings.json", folder)
     summary = evaluate.main(words(model, problems, folder))
-    assert generations(folder) == generations(whole[0])
+    assert answers(folder) == answers(whole[0])
+    assert samples(folder) == samples(whole[0])
     assert timeless(summary) == timeless(whole[1])
+    for number in kept:  # not generated again
+        name = f"answers/{number:05}.json"
+        assert (folder / name).read_bytes() == (whole[0] / name).read_bytes()
 
 
 def test_a_finished_evaluation_is_only_read(model, problems, whole, monkeypatch):
     monkeypatch.setattr(decode, "decode", None)
-    before = (whole[0] / "generations.jsonl").read_bytes()
+    monkeypatch.setattr(evaluate, "write_json", None)
     assert evaluate.main(words(model, problems, whole[0])) == whole[1]
-    assert (whole[0] / "generations.jsonl").read_bytes() == before
 
 
-def test_without_generations_it_is_done_again(model, problems, whole, tmp_path):
-    """settings.json and summary.json alone are not an evaluation."""
-    shutil.copy(whole[0] / "settings.json", tmp_path)
-    files.write_json(tmp_path / "summary.json", whole[1] | {"accuracy": 9})
-    assert timeless(evaluate.main(words(model, problems, tmp_path))) == timeless(whole[1])
+def test_an_evaluation_without_answers_is_begun_anew(model, problems, whole, tmp_path):
+    """With other settings: so it may be after a batch that did not fit."""
+    (tmp_path / "settings.json").write_bytes((whole[0] / "settings.json").read_bytes())
+    summary = evaluate.main(words(model, problems, tmp_path, batch_size=7))
+    assert summary["settings"]["batch_size"] == 7
+
+
+def test_processes_share_the_batches_and_the_last_one_grades(
+    model, problems, whole, tmp_path, monkeypatch
+):
+    """As many as there are batches, one after another."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in (2, 0, 3, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        summary = evaluate.main(words(model, problems, tmp_path))
+        assert (summary is None) == (rank != 1)
+        assert (tmp_path / "answers" / f"{rank:05}.json").exists()
+        assert len(list((tmp_path / "answers").iterdir())) == {2: 1, 0: 2, 3: 3, 1: 4}[rank]
+    assert answers(tmp_path) == answers(whole[0])
+    assert timeless(summary) == timeless(whole[1])
 
 
 def test_two_ranks_killed_and_started_again_give_the_same(model, problems, whole, tmp_path):
@@ -180,7 +213,7 @@ def test_two_ranks_killed_and_started_again_give_the_same(model, problems, whole
     command = [*suite.launcher(2), evaluate.__file__, *arguments]
     env = suite.user_environment()
     killed = subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True)
-    while not (results / "generations.jsonl").exists():
+    while not list(results.glob("answers/*.json")):
         assert killed.poll() is None
         time.sleep(0.01)
     os.killpg(killed.pid, signal.SIGKILL)
@@ -193,7 +226,7 @@ def test_two_ranks_killed_and_started_again_give_the_same(model, problems, whole
         status = suite.run(command, tmp_path, file)
     assert status == 0, log.read_text()
     assert "95 % interval" in log.read_text()
-    assert generations(results) == generations(whole[0])
+    assert answers(results) == answers(whole[0])
     summary = json.loads((results / "summary.json").read_text())
     assert timeless(summary) == timeless(whole[1])
 
@@ -268,15 +301,15 @@ GOOD = '{"query": "a", "answer": "1"}\n'
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "cannot be read"),
-        (b"", "has no problems"),
-        (f"{GOOD}x\n".encode(), "line 2 is not JSON"),
-        (b'{"query": "", "answer": "1"}\n', "line 1 needs a text `query`"),
-        (b'{"question": "a", "answer": "1"}\n', "line 1 needs a text `query`"),
-        (b'{"query": "a"}\n', "line 1 needs a text `query`"),
-        (b"[1]\n", "line 1 needs a text `query`"),
+        (None, "cannot be loaded (FileNotFoundError: "),
+        (b"", "cannot be loaded ("),
+        (f"{GOOD}x\n".encode(), "cannot be loaded (ArrowInvalid: JSON parse error"),
+        (b'{"query": "", "answer": "1"}\n', "problem 1 needs a text, in one of query, question"),
+        (b'{"text": "a", "answer": "1"}\n', "problem 1 needs a text, in one of query, question"),
+        (b'{"query": "a"}\n', "problem 1 has no final answer"),
+        (b"[1]\n", "cannot be loaded ("),
         (b'{"query": "a", "response": "so it\\nis so"}\n', "problem 1 has no final answer"),
-        (b"\xff\n", "cannot be read"),
+        (b"\xff\n", "cannot be loaded ("),
         (
             f'{GOOD}{{"query": "<|mdm_mask|>", "answer": "1"}}\n'.encode(),
             "prompt 2 contains the mask token",
@@ -292,11 +325,93 @@ def test_bad_problems(model, tmp_path, content, message):
     assert message in str(ended.value.code)
 
 
+TASK = """
+include: {harness}/tasks/gsm8k/gsm8k.yaml
+task: local_gsm8k
+dataset_path: json
+dataset_name: null
+dataset_kwargs: {{data_files: {{train: {folder}/train.jsonl, test: {folder}/test.jsonl}}}}
+"""
+
+
+def test_a_task_of_the_harness(model, tmp_path, monkeypatch):
+    """GSM8K's prompt, examples, stop sequences and metrics, on problems made here."""
+    for split, numbers in (("train", range(8)), ("test", range(20, 24))):
+        lines = []
+        for number in numbers:
+            row = {"question": f"What is {number} + 1?", "answer": f"So.\n#### {number + 1}"}
+            lines.append(json.dumps(row) + "\n")
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    task = tmp_path / "task.yaml"
+    harness = Path(lm_eval.__file__).parent
+    task.write_text(TASK.format(harness=harness, folder=tmp_path))
+    tokenizer = pt.load_tokenizer(str(model))
+    end = tokenizer.get_vocab()["<|eot_id|>"]
+
+    def decode_as_planned(model, prompts, *, seeds, gen_length, **_):
+        """Right in GSM8K's form, in another form, followed by a new question, and wrong."""
+        forms = ("#### 21", "It is 22 of them", "#### 23\nQuestion: 24 7", "#### 25")
+        planned = torch.full((len(prompts), gen_length), end)
+        for row, number in enumerate(seeds):  # with --seed 0
+            ids = tokenizer(forms[number], add_special_tokens=False)["input_ids"]
+            planned[row, : len(ids)] = torch.tensor(ids)
+        return planned
+
+    monkeypatch.setattr(decode, "decode", decode_as_planned)
+    settings = OPTIONS | {"gen_length": 64, "num_fewshot": 2, "block_length": 0}
+    out = tmp_path / "out"
+    paths = {"model": model, "task": task, "output": out}
+    summary = evaluate.main(suite.flags(paths | settings))
+    strict, flexible = "exact_match,strict-match", "exact_match,flexible-extract"
+    assert summary["metrics"] == {strict: 0.5, flexible: 0.75}
+    assert summary["accuracy"] == summary["exact_match"] == 0.75
+    assert (summary["count"], summary["settings"]["task"]) == (4, "local_gsm8k")
+    assert len(samples(out)) == 2 * 4
+    prompt = samples(out)[0]["arguments"][0][0]
+    turns = re.findall(r"<\|start_header_id\|>(\w+)<", prompt)
+    assert turns == ["user", "assistant"] * 3
+    assert prompt.count("#### ") == 2 and "What is 20 + 1?" in prompt
+
+    paths["output"] = tmp_path / "plain"
+    evaluate.main([*suite.flags(paths | settings), "--no_chat_template"])
+    plain = samples(tmp_path / "plain")[0]["arguments"][0][0]
+    assert "<|" not in plain and plain.endswith("Question: What is 20 + 1?\nAnswer:")
+
+
+def test_a_group_of_tasks_is_refused(monkeypatch):
+    monkeypatch.setattr(evaluate.TaskManager, "load", lambda *_: {"tasks": {"one": 1, "two": 2}})
+    with pytest.raises(SystemExit, match="--task both is a group; give one of its tasks: one, two"):
+        evaluate.load_task(task="both")
+
+
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        ("no_such_task", "'no_such_task' is not a registered task"),
+        ("loglikelihood.yaml", "does not generate text from text"),
+        ("unsafe.yaml", "runs the code that the model wrote; give --confirm_run_unsafe_code"),
+    ],
+)
+def test_tasks_that_are_refused(model, problems, tmp_path, monkeypatch, task, message):
+    config = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(problems)}}}
+    config |= {"test_split": "test", "doc_to_text": "query", "doc_to_target": "response"}
+    likely = config | {"task": "likely", "output_type": "loglikelihood"}
+    unsafe = config | {"task": "unsafe", "output_type": "generate_until", "unsafe_code": True}
+    for name, content in (("loglikelihood", likely), ("unsafe", unsafe)):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(content))  # JSON is YAML
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(suite.flags({"model": model, "task": task, "output": "out", **OPTIONS}))
+    assert message in str(ended.value.code)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [
         ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
         ({"limit": -1}, "--limit -1: must be at least 1"),
+        ({"num_fewshot": 3}, "--num_fewshot 3: only with --task"),
         ({"steps": 7}, "steps 7 is not divisible by the 3 blocks"),
     ],
 )
@@ -315,14 +430,13 @@ def test_answers_longer_than_the_model_are_refused(model, problems, tmp_path):
 @pytest.mark.parametrize(
     "contents, message",
     [
-        ({"generations.jsonl": "{}"}, r"has generations\.jsonl but no settings\.json"),
-        ({"summary.json": "{}"}, r"has summary\.json but no settings\.json"),
+        ({"summary.json": "{}"}, r"has answers but no settings\.json"),
         (
-            {"settings.json": "[1]", "generations.jsonl": ""},
+            {"settings.json": "[1]"},
             r"settings\.json is damaged, or not of an evaluation",
         ),
         (
-            {"settings.json": "{", "generations.jsonl": ""},
+            {"settings.json": "{"},
             r"settings\.json is damaged, or not of an evaluation",
         ),
     ],
@@ -340,11 +454,11 @@ def test_without_math_verify_nothing_is_generated(model, problems, tmp_path, mon
     script = tmp_path / "grade.py"
     script.write_text("raise SystemExit(1)")
     monkeypatch.setattr(grade, "__file__", str(script))
-    grade.check.cache_clear()
+    grade.start_process.cache_clear()
     with pytest.raises(SystemExit, match="math-verify does not work"):
         evaluate.main(words(model, problems, tmp_path / "out"))
-    assert not (tmp_path / "out" / "generations.jsonl").exists()
-    grade.check.cache_clear()
+    assert not list((tmp_path / "out" / "answers").iterdir())
+    grade.start_process.cache_clear()
 
 
 def test_a_model_that_ignores_the_mask_is_refused(model, problems, tmp_path, monkeypatch):
@@ -408,7 +522,7 @@ VERDICTS = [  # text, gold, equal, exact match
 
 def test_verdicts():
     pairs = [(text, gold) for text, gold, _, _ in VERDICTS]
-    assert list(grade.grade(pairs)) == [equal for _, _, equal, _ in VERDICTS]
+    assert [grade.equal_in_time(*pair) for pair in pairs] == [equal for *_, equal, _ in VERDICTS]
     assert [grade.exact_match(*pair) for pair in pairs] == [exact for *_, exact in VERDICTS]
 
 
@@ -435,7 +549,10 @@ def test_a_comparison_that_hangs_or_fills_the_memory_is_ended(monkeypatch, tmp_p
     monkeypatch.setattr(grade, "__file__", str(script))
     monkeypatch.setenv("PYTHONPATH", str(Path(suite.__file__).parent))
     pairs = [("7", "7"), ("hang", "7"), ("7", "7"), ("memory", "7"), ("8", "7")]
-    assert list(grade.grade(pairs)) == [True, None, True, False, False]
+    grade.start_process.cache_clear()
+    verdicts = [grade.equal_in_time(*pair) for pair in pairs]
+    grade.start_process.cache_clear()
+    assert verdicts == [True, None, True, False, False]
 
 
 # ------------------------------------------------------------------------------------------ files
