@@ -3,8 +3,9 @@
     python experiments/toy.py                # about three minutes on two cores
 
 Builds the toy task and its base (chains.py), writes the .pt files (pt.py), trains with both methods
-at equal compute, decodes test problems with the base and both checkpoints (evaluate.py), and prints
-a table. Everything goes to experiments/runs/toy, or to toy-v2 and so on if that exists.
+at equal compute, measures the held-out loss of the base and both checkpoints (held_out.py), decodes
+test problems with them (evaluate.py), and prints a table. Everything goes to experiments/runs/toy,
+or to toy-v2 and so on if that exists.
 """
 
 import argparse
@@ -13,15 +14,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import chains
+import held_out
+import plot
 import suite
 import torch
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import train_blockwise
 
 EXPERIMENTS = Path(__file__).resolve().parent
 TRAINERS = ("blockwise", "fullseq")
@@ -38,7 +36,7 @@ TRAINING = {
 BLOCK_SIZE = 16  # tokens, in training and decoding
 
 # Evaluation
-HELD_OUT_ROWS = 100  # test problems of the held-out loss
+HELD_OUT = {"limit": 30, "block_size": BLOCK_SIZE, "max_len": TRAINING["MAX_LEN"]}
 DECODING = {
     "limit": 300,  # test problems
     "gen_length": chains.GEN_LENGTH,
@@ -89,52 +87,32 @@ def evaluate(model, folder):
     return summary["accuracy"]
 
 
-@torch.no_grad()
-def held_out_loss(model_folder, pt_file, batch_rows=8):
-    """The blockwise loss of the model over every block of the test problems, noise fixed."""
-    constants = {
-        "DATA_PT": str(pt_file),
-        "MAX_SAMPLES": HELD_OUT_ROWS,
-        "MAX_LEN": TRAINING["MAX_LEN"],
-        "BLOCK_SIZE": BLOCK_SIZE,
-    }
-    pad_id = AutoTokenizer.from_pretrained(model_folder, fix_mistral_regex=False).pad_token_id
-    model = AutoModelForCausalLM.from_pretrained(
-        model_folder, trust_remote_code=True, dtype=torch.float32
-    )
-    model.eval()
-    total = 0
-    with mock.patch.multiple(train_blockwise, **constants):
-        examples = train_blockwise.load_examples()
-        draws = train_blockwise.schedule(examples, max_draws=sys.maxsize)
-        starts = range(0, len(draws), batch_rows)
-        for start in tqdm(starts, desc=f"held-out loss of {model_folder.name}"):
-            numbers = range(start, min(start + batch_rows, len(draws)))
-            batch = train_blockwise.make_batch(examples, draws, numbers, pad_id)
-            loss = train_blockwise.supervised_loss(model, *batch)
-            total += loss.item() * len(numbers)
-    return total / len(draws)
-
-
-def measure(model, folder):
-    """A row of the closing table: what the model folder `model` is worth."""
+def held_out_losses(models, folder):
+    """The losses of model folders on blocks of test problems (held_out.py)."""
+    words = suite.flags(HELD_OUT | {"data": "test.pt"})
+    execute([sys.executable, EXPERIMENTS / "held_out.py", *models, *words], folder)
+    lines = plot.read_csv(folder / "held_out.csv", held_out.COLUMNS)
     return {
-        "model": model,
-        "held-out block loss": f"{held_out_loss(folder / model, folder / 'test.pt'):.2f}",
-        "accuracy": f"{evaluate(model, folder):.0%}",
+        model: held_out.mean_loss([line for line in lines if line["model"] == model])
+        for model in models
     }
+
+
+def checkpoint_name(method, folder):
+    """The checkpoint that the training run with this method has written."""
+    budget = json.loads((folder / f"{method}_logs" / "run_config.json").read_text())["budget"]
+    return f"{method}_step{budget['steps']:04d}"
 
 
 def summarize(method, seconds, folder):
-    """What a training run did, from its logs, and what its checkpoint is worth."""
+    """What a training run did, from its logs."""
     logs = folder / f"{method}_logs"
     budget = json.loads((logs / "run_config.json").read_text())["budget"]
     with open(logs / "train_loss.csv") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    checkpoint = f"{method}_step{budget['steps']:04d}"
-    size = sum(path.stat().st_size for path in (folder / checkpoint).iterdir())
-    return measure(checkpoint, folder) | {
-        "model": method,
+    checkpoint = folder / checkpoint_name(method, folder)
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    return {
         "steps": budget["steps"],
         "loss, first 5 steps": f"{sum(losses[:5]) / 5:.2f}",
         "last 5 steps": f"{sum(losses[-5:]) / 5:.2f}",
@@ -146,7 +124,7 @@ def summarize(method, seconds, folder):
 
 def print_table(rows):
     """The rows, dicts whose missing cells stay empty, in the order of the last one's columns."""
-    columns = ["model", "steps", *(name for name in rows[-1] if name not in ("model", "steps"))]
+    columns = list(rows[-1])
     print("\n" + " | ".join(columns))
     for row in rows:
         print(" | ".join(str(row.get(name, "")).rjust(len(name)) for name in columns))
@@ -160,8 +138,18 @@ def run(folder, ranks):
     for split in ("train", "test"):
         preprocess(split, folder)
     seconds = {method: train(method, folder, ranks) for method in TRAINERS}
-    base = measure("model", folder) | {"model": "base"}
-    rows = [base, *(summarize(method, seconds[method], folder) for method in TRAINERS)]
+    models = {"base": "model"} | {name: checkpoint_name(name, folder) for name in TRAINERS}
+    losses = held_out_losses(list(models.values()), folder)
+    rows = []
+    for name, model in models.items():
+        row = {
+            "model": name,
+            "held-out block loss": f"{losses[model]:.2f}",
+            "accuracy": f"{evaluate(model, folder):.0%}",
+        }
+        if name in TRAINERS:
+            row |= summarize(name, seconds[name], folder)
+        rows.append(row)
     print_table(rows)
     tokens_per_step = DECODING["gen_length"] / DECODING["steps"]
     print(

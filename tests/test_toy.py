@@ -11,18 +11,19 @@ def test_the_whole_run(tmp_path, monkeypatch, capsys):
     """With less of everything: two launches on two ranks each."""
     monkeypatch.setitem(toy.TRAINING, "TOTAL_TRAIN_STEPS", 6)
     monkeypatch.setitem(toy.TRAINING, "MICRO_BSIZE", 2)
-    monkeypatch.setattr(toy, "HELD_OUT_ROWS", 4)
+    monkeypatch.setitem(toy.HELD_OUT, "limit", 4)
     decoding = {"limit": 3, "gen_length": 16, "block_length": 8, "steps": 4}
     monkeypatch.setattr(toy, "DECODING", decoding)
     toy.run(tmp_path, ranks=2)
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if " | " in line]
     table = [[cell.strip() for cell in line.split("|")] for line in lines]
-    assert table[0][:2] == ["model", "steps"]
+    assert table[0][:4] == ["model", "held-out block loss", "accuracy", "steps"]
     assert [row[0] for row in table[1:]] == ["base", "blockwise", "fullseq"]
     for row in table[2:]:
-        assert row[1] == "6" and all(row) and float(row[2]) > 0
-    made = ["data", "model", "model_answers", "test.pt", "train.pt"]
+        assert row[3] == "6" and all(row) and float(row[1]) > 0
+    made = ["data", "held_out.csv", "held_out.png"]
+    made += ["model", "model_answers", "test.pt", "train.pt"]
     for method in toy.TRAINERS:
         made += [f"{method}_{what}" for what in ("logs", "step0006", "step0006_answers")]
     assert sorted(os.listdir(tmp_path)) == sorted(made)

@@ -1,0 +1,223 @@
+"""Held-out loss of models, by block and by t, on the same masks for all of them.
+
+    python experiments/held_out.py GSAI-ML/LLaDA-8B-Instruct ckpts_stagewise_sft_32_step0200 \\
+        --data test.pt --output held_out
+
+Each block of each answer in --data, a file of pt.py, is masked at every t of T_GRID as Blockwise
+SFT masks it: prefix clean, block at rate t, suffix hidden. The loss is that of train_blockwise.py,
+the mean over draws of the mean cross-entropy of a draw's masked tokens, in nats; draws without a
+masked token are left out. The noise depends on row, block and --seed alone.
+
+Writes held_out.csv, with a line per model, block and t, and held_out.png.
+
+Shapes: B draws, L = MAX_LEN tokens.
+"""
+
+import argparse
+import csv
+import io
+import math
+import os
+import sys
+from unittest import mock
+
+T_GRID = (0.1, 0.3, 0.5, 0.7, 0.9)
+COLUMNS = ("model", "block", "t", "draws", "tokens", "loss")
+
+
+def parse_args(argv):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="checkpoint, base or adapter; folder or hub id")
+    add("--data", required=True, metavar="FILE.pt", help="held-out rows, written by pt.py")
+    add("--output", default="held_out", help="beginning of the two files' names (%(default)s)")
+    add("--limit", type=int, default=10**6, help="use only the first rows (all)")
+    add("--block_size", type=int, default=32, help="tokens per block (%(default)s)")
+    add("--max_len", type=int, default=256, help="tokens; longer rows are cut (%(default)s)")
+    add("--batch_size", type=int, default=16, help="draws per forward pass (%(default)s)")
+    add("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    add("--dtype", choices=("bfloat16", "float32"), help="(bfloat16 on a GPU, else float32)")
+    add("--device", help="cpu, cuda, cuda:1, ... (cuda if there is a GPU)")
+    args = parser.parse_args(argv)
+    lowest = {"limit": 1, "block_size": 1, "max_len": 2, "batch_size": 1, "seed": 0}
+    for name, least in lowest.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
+    for ending in ("csv", "png"):
+        if os.path.exists(f"{args.output}.{ending}"):
+            parser.error(f"--output {args.output}: {args.output}.{ending} exists; give another")
+    return args
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a wrong flag answer at once
+    ARGS = parse_args(sys.argv[1:])
+
+import decode
+import numpy as np
+import plot
+import suite  # noqa: F401 (pt.py and the trainers are one folder up)
+import torch
+from files import write_text
+from matplotlib.figure import Figure
+from torch.nn.functional import pad
+from tqdm import tqdm
+from transformers.utils.logging import set_verbosity_error
+
+import pt
+import train_blockwise
+
+# -------------------------------------------------------------------------------------- the loss
+
+
+def load_rows(args):
+    """The rows of --data with an answer, as train_blockwise.py loads them: [(prompt_len, ids)].
+
+    Raises:
+        SystemExit: if it is not such a file, or has none.
+    """
+    constants = {"DATA_PT": args.data, "MAX_SAMPLES": args.limit, "MAX_LEN": args.max_len}
+    try:
+        with mock.patch.multiple(train_blockwise, **constants):
+            examples = train_blockwise.load_examples()
+    except Exception as error:  # missing, damaged, or not a list of such rows
+        sys.exit(f"--data {args.data} is not what pt.py writes ({error!r:.200}); run pt.py")
+    rows = [(prompt_len, ids) for prompt_len, ids in examples if prompt_len < len(ids)]
+    if not rows:
+        sys.exit(f"--data {args.data} has no rows with an answer in {args.max_len} tokens")
+    return rows
+
+
+def list_batches(rows, args):
+    """The draws of all rows in batches of the same block and t: [(block, t, numbers of rows)]."""
+    members = {}  # of each block: the rows that have it
+    for number, (prompt_len, ids) in enumerate(rows):
+        for block in range(math.ceil((len(ids) - prompt_len) / args.block_size)):
+            members.setdefault(block, []).append(number)
+    batches = []
+    for block, numbers in members.items():
+        for t in T_GRID:
+            for start in range(0, len(numbers), args.batch_size):
+                batches.append((block, t, numbers[start : start + args.batch_size]))
+    return batches
+
+
+def make_draws(rows, numbers, block, t, pad_id, args):
+    """input_ids, noisy_ids and loss_mask, (B, L) each, of one block of these rows at one t."""
+    chosen = [rows[number] for number in numbers]
+    padded = [pad(ids, (0, args.max_len - len(ids)), value=pad_id) for _, ids in chosen]
+    input_ids = torch.stack(padded)  # (B, L)
+    prompt_len = torch.tensor([[prompt_len] for prompt_len, _ in chosen])  # (B, 1)
+    length = torch.tensor([[len(ids)] for _, ids in chosen])  # (B, 1)
+    noise = []
+    for number in numbers:
+        rng = np.random.default_rng((args.seed, number, block))
+        noise.append(rng.random(1 + args.max_len, np.float32))
+    noise = torch.from_numpy(np.stack(noise))  # (B, 1 + L)
+    noise[:, 0] = t
+    block = torch.full_like(length, block)  # (B, 1)
+    return input_ids, *train_blockwise.corrupt(input_ids, prompt_len, length, block, noise)
+
+
+@torch.no_grad()
+def held_out_loss(model, name, rows, mask_id, pad_id, args):
+    """The loss of a model by block and t: [a dict with COLUMNS].
+
+    Args:
+        name: of the model.
+        rows: as `load_rows` gives them.
+        args: block_size, max_len, batch_size and seed.
+    """
+    constants = {"MASK_ID": mask_id, "BLOCK_SIZE": args.block_size, "MASK_PROB_EPS": 0.0}
+    totals = {}
+    bar = tqdm(list_batches(rows, args), unit=" batches", desc=f"loss of {os.path.basename(name)}")
+    for block, t, numbers in bar:
+        with mock.patch.multiple(train_blockwise, **constants):
+            batch = make_draws(rows, numbers, block, t, pad_id, args)
+            loss_mask = batch[2]
+            if not loss_mask.any():
+                continue
+            loss = train_blockwise.supervised_loss(model, *batch).item() * len(numbers)
+        total = totals.setdefault((block, t), {"draws": 0, "tokens": 0, "loss": 0.0})
+        total["draws"] += int(loss_mask.any(1).sum())
+        total["tokens"] += int(loss_mask.sum())
+        total["loss"] += loss
+    lines = []
+    for (block, t), total in totals.items():
+        loss = total["loss"] / total["draws"]
+        lines.append({"model": name, "block": block, "t": t, **total, "loss": loss})
+    return lines
+
+
+def mean_loss(lines):
+    """The mean loss of all draws of these lines, of the CSV or of `held_out_loss`."""
+    draws = [float(line["draws"]) for line in lines]
+    losses = [float(line["loss"]) for line in lines]
+    return float(np.average(losses, weights=draws))
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def measure(name, rows, args):
+    """The lines of one model.
+
+    Raises:
+        SystemExit: if it cannot be loaded, or does not belong to the data.
+    """
+    tokenizer = pt.load_tokenizer(*decode.base_of(name, "main"))
+    model = decode.load_model(name, "main", args.device, getattr(torch, args.dtype))
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = decode.special_ids(name, model.config, tokenizer, vocabulary)
+    largest = max(int(ids.max()) for _, ids in rows)
+    if largest >= vocabulary:
+        sys.exit(f"--data {args.data} has id {largest}, {name} only {vocabulary} ids; run pt.py")
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return held_out_loss(model, name, rows, ids["mask_id"], pad_id, args)
+
+
+def write_csv(path, lines):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(path, text.getvalue())
+
+
+def draw(lines):
+    """A figure of the loss by block and by t, a curve per model."""
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    for axes, column in zip(figure.subplots(1, 2), ("block", "t"), strict=True):
+        for name in dict.fromkeys(line["model"] for line in lines):
+            own = [line for line in lines if line["model"] == name]
+            places = sorted({line[column] for line in own})
+            means = [mean_loss([x for x in own if x[column] == place]) for place in places]
+            axes.plot(places, means, marker="o", label=name)
+        axes.set_xlabel(column)
+    figure.axes[0].set_ylabel("held-out loss (nats per token)")
+    figure.axes[0].xaxis.get_major_locator().set_params(integer=True)
+    figure.axes[1].legend(fontsize="small")
+    return figure
+
+
+def main(args):
+    decode.set_device(args)
+    set_verbosity_error()
+    rows = load_rows(args)
+    lines = []
+    try:
+        for name in args.models:
+            own = measure(name, rows, args)
+            print(f"{name}: {mean_loss(own):.4f}")
+            lines += own
+    except torch.OutOfMemoryError:
+        sys.exit(f"--batch_size {args.batch_size}: out of memory; give a lower one")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    write_csv(f"{args.output}.csv", lines)
+    plot.save(draw(lines), f"{args.output}.png")
+    print(f"wrote {args.output}.csv and {args.output}.png")
+
+
+if __name__ == "__main__":
+    main(ARGS)

@@ -1,0 +1,130 @@
+"""The held-out loss is one functional, on the same noise for every model."""
+
+import csv
+
+import held_out
+import numpy as np
+import pytest
+import torch
+from conftest import flags
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+import train_blockwise
+
+SETTINGS = {"block_size": 8, "max_len": 60, "limit": 6}
+
+
+@pytest.fixture(scope="module")
+def measured(toy_folder, tmp_path_factory):
+    """The lines of the CSV of the toy and of a second model, and the folder of the files."""
+    folder = tmp_path_factory.mktemp("held_out")
+    model = AutoModelForCausalLM.from_pretrained(toy_folder / "model", trust_remote_code=True)
+    other = folder / "other"
+    model.get_output_embeddings().weight.data.mul_(2)
+    model.save_pretrained(other)
+    for path in (toy_folder / "model").glob("token*"):
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "chat_template.jinja").write_bytes(
+        (toy_folder / "model" / "chat_template.jinja").read_bytes()
+    )
+    run(folder / "both", toy_folder, toy_folder / "model", other)
+    with open(folder / "both.csv") as file:
+        return list(csv.DictReader(file)), folder
+
+
+def run(output, toy_folder, *models, **changes):
+    words = flags(data=toy_folder / "train.pt", output=output, **{**SETTINGS, **changes})
+    held_out.main(held_out.parse_args([*map(str, models), *words]))
+
+
+def test_the_loss_is_that_of_the_definition(toy_folder, measured):
+    """Row by row, in plain loops, in one forward pass for each draw."""
+    lines = [line for line in measured[0] if line["model"].endswith("model")]
+    model = AutoModelForCausalLM.from_pretrained(
+        toy_folder / "model", trust_remote_code=True, dtype=torch.float32
+    )
+    mask_id = model.config.mask_token_id
+    sums = {}
+    rows = torch.load(toy_folder / "train.pt")[:6]
+    for number, row in enumerate(rows):
+        ids = row["full_ids"][:60].tolist()
+        first = row["prompt_len"]
+        for block, start in enumerate(range(first, len(ids), 8)):
+            noise = np.random.default_rng((0, number, block)).random(61, np.float32)
+            for t in (0.1, 0.3, 0.5, 0.7, 0.9):
+                active = range(start, min(start + 8, len(ids)))
+                masked = [pos for pos in active if noise[1 + pos] < np.float32(t)]
+                noisy = [
+                    mask_id if pos in masked or pos >= start + 8 else ids[pos]
+                    for pos in range(len(ids))
+                ]
+                noisy += [model.config.pad_token_id] * (60 - len(ids))
+                if not masked:
+                    continue
+                with torch.no_grad():
+                    logits = model(input_ids=torch.tensor([noisy])).logits[0, masked]
+                loss = cross_entropy(logits, torch.tensor([ids[pos] for pos in masked])).item()
+                sums.setdefault((block, t), []).append((loss, len(masked)))
+    assert {(int(x["block"]), float(x["t"])) for x in lines} == sums.keys()
+    for line in lines:
+        values = sums[int(line["block"]), float(line["t"])]
+        assert (int(line["draws"]), int(line["tokens"])) == (
+            len(values),
+            sum(count for _, count in values),
+        )
+        assert float(line["loss"]) == pytest.approx(np.mean([loss for loss, _ in values]), rel=1e-4)
+
+
+def test_every_model_meets_the_same_masks(measured):
+    lines, folder = measured
+    half = len(lines) // 2
+    assert len({line["model"] for line in lines}) == 2
+    for one, other in zip(lines[:half], lines[half:], strict=True):
+        assert [one[x] for x in ("block", "t", "draws", "tokens")] == [
+            other[x] for x in ("block", "t", "draws", "tokens")
+        ]
+        assert one["loss"] != other["loss"]
+    assert (folder / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_batches_do_not_change_it(toy_folder, measured, tmp_path):
+    """But for rounding; nor do the trainer's constants, which keep their values."""
+    constants = {name: getattr(train_blockwise, name) for name in train_blockwise.CONSTANTS}
+    run(tmp_path / "one", toy_folder, toy_folder / "model", batch_size=1)
+    assert constants == {name: getattr(train_blockwise, name) for name in train_blockwise.CONSTANTS}
+    with open(tmp_path / "one.csv") as file:
+        lines = list(csv.DictReader(file))
+    for line, other in zip(lines, measured[0][: len(lines)], strict=True):
+        assert line["draws"] == other["draws"]
+        assert float(line["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
+
+
+def test_mean_loss():
+    lines = [{"draws": "3", "loss": "1.0"}, {"draws": 1, "loss": 3.0}]
+    assert held_out.mean_loss(lines) == 1.5
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data": "missing.pt"}, "--data missing.pt is not what pt.py writes"),
+        ({"max_len": 2}, "has no rows with an answer in 2 tokens"),
+        ({"models": "missing"}, "--model missing: no tokenizer there"),
+    ],
+)
+def test_bad_input(toy_folder, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    given = {"data": toy_folder / "train.pt", **SETTINGS, **changes}
+    model = given.pop("models", str(toy_folder / "model"))
+    with pytest.raises(SystemExit) as ended:
+        held_out.main(held_out.parse_args([model, *flags(**given)]))
+    assert message in str(ended.value.code)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    (tmp_path / "both.png").write_text("mine")
+    with pytest.raises(SystemExit):
+        held_out.parse_args(["model", *flags(data="x.pt", output=tmp_path / "both")])
+    assert "both.png exists; give another" in capsys.readouterr().err
