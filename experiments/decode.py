@@ -460,6 +460,8 @@ def check_prompts(name, prompts, gen_length, mask_id, config):
         SystemExit: if one contains the mask token, or leaves too little room for `gen_length`.
     """
     for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) == 0:
+            sys.exit(f"prompt {number} is empty; give another")
         if mask_id in prompt:
             sys.exit(f"prompt {number} contains the mask token of --model {name}; remove it")
     room = getattr(config, "max_sequence_length", None)

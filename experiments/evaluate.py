@@ -21,7 +21,6 @@ import math
 import os
 import sys
 import time
-from glob import escape, glob
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from decode_flags import add_decoding_flags, add_model_flags, check_flags, decod
 
 TASKS = Path(__file__).with_name("tasks")
 BENCHMARKS = {"gsm8k": "metamath_gsm8k", "math500": "metamath_math500"}  # tasks of --dataset
+MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".py", ".model", ".txt")
 LIBRARIES = ("torch", "transformers", "lm_eval", "math-verify", "sympy")  # can change verdicts
 
 
@@ -44,7 +44,9 @@ def parse_args(argv):
     what.add_argument("--dataset", help=f"{', '.join(BENCHMARKS)}, or a .jsonl file")
     what.add_argument("--task", help="of lm-evaluation-harness; `lm_eval ls tasks` lists them")
     add = parser.add_argument
-    add("--output", required=True, metavar="DIR", help="for answers, samples and summary")
+    add(
+        "--output", required=True, type=Path, metavar="DIR", help="for answers, samples and summary"
+    )
     add("--limit", type=int, help="use only the first problems (all)")
     add("--batch_size", type=int, default=16, help="answers at a time per process (%(default)s)")
     add("--num_fewshot", type=int, help="worked examples in the prompt (the task's own number)")
@@ -92,31 +94,28 @@ def load_task(dataset=None, task=None, num_fewshot=None):
     Raises:
         SystemExit: if it cannot be loaded, or has no problems, or is not generative.
     """
-    if dataset is not None:
-        given = f"--dataset {dataset}"
-        remedy = f"give {', '.join(BENCHMARKS)}, or a .jsonl file"
-        spec = BENCHMARKS.get(dataset)
-        if spec is None:  # metamath of another file: the harness changes members of groups only
-            member = {"task": "metamath", "dataset_kwargs": {"data_files": {"test": str(dataset)}}}
-            spec = {"group": "local", "task": [member]}
-    else:
-        given = f"--task {task}"
-        remedy = "give another one; `lm_eval ls tasks` lists them"
-        spec = task
+    given = f"--task {task}" if task else f"--dataset {dataset}"
+    spec = task or BENCHMARKS.get(dataset)
+    if spec is None:  # metamath of another file: the harness changes members of groups only
+        member = {"task": "metamath", "dataset_kwargs": {"path": str(dataset)}}
+        spec = {"group": "local", "task": [member]}
+    names = ", ".join(BENCHMARKS)
+    remedy = f"give --dataset {names} or a .jsonl file, or a --task of `lm_eval ls tasks`"
     try:
         # the harness's own index takes some seconds
         harness = task is not None and not task.endswith((".yaml", ".yml"))
         manager = TaskManager(include_path=str(TASKS), include_defaults=harness)
         loaded = manager.load(spec)["tasks"]
     except Exception as error:  # the hub, files and tasks fail in many ways
-        cause = error.__cause__ or error  # of the dataset library's errors on a file
-        sys.exit(f"{given} cannot be loaded ({pt.first_line(cause)}); {remedy}")
+        sys.exit(f"{given} cannot be loaded ({pt.first_line(error)}); {remedy}")
     if len(loaded) > 1:
         sys.exit(f"{given} is a group; give one of its tasks: {', '.join(loaded)}")
     (loaded,) = loaded.values()
     if loaded.OUTPUT_TYPE != "generate_until" or getattr(loaded, "MULTIMODAL", False):
         sys.exit(f"{given} does not generate text from text; {remedy}")
     if num_fewshot is not None:
+        if num_fewshot and num_fewshot >= len(loaded.fewshot_docs()):
+            sys.exit(f"--num_fewshot {num_fewshot}: more than {given} has; give a lower one")
         loaded.set_config("num_fewshot", num_fewshot)
     loaded.set_fewshot_seed(0)
     return loaded
@@ -170,18 +169,23 @@ class BlockDecoder(LM):
         contexts = [request.args[0] for request in requests]
         special_tokens = args.no_chat_template  # the template has its own
         prompts = self.tokenizer(contexts, add_special_tokens=special_tokens)["input_ids"]
-        with open(os.path.join(args.output, "lock"), "a") as lock:
+        with open(args.output / "lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # transformers copies the model's code to a cache
             config, vocabulary = load_config(args.model, args.model_revision)
             special = decode.special_ids(args.model, config, self.tokenizer, vocabulary)
             decode.check_prompts(args.model, prompts, args.gen_length, special["mask_id"], config)
             options = decode_options(args) | special
-            self.description = describe(args, options, config, self.task, requests)
+            self.description = describe(args, options, config, self.task, requests, prompts)
             claim(args.output, self.description)
-        if os.path.exists(os.path.join(args.output, "summary.json")):
+        if (args.output / "summary.json").exists():
             raise Ended
         decode.check_block_length(args.model, config, options["block_length"])
         self.records = self.generate(options, prompts)
+        self.grading = (args.output / "grading").open("a")  # locked until this process ends
+        try:
+            fcntl.flock(self.grading, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Ended from None
         texts = [record["text"] for record in self.records]
         return [cut(text, request.args[1]) for text, request in zip(texts, requests, strict=True)]
 
@@ -190,11 +194,11 @@ class BlockDecoder(LM):
         args = self.args
         files = {}  # of each batch: it appears when its answers are complete
         for number, batch in enumerate(make_batches(prompts, args.batch_size)):
-            files[os.path.join(args.output, "answers", f"{number:05}.json")] = batch
+            files[args.output / "answers" / f"{number:05}.json"] = batch
         rank = int(os.environ.get("RANK", 0))
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         share = list(files)[rank::world_size]
-        missing = [path for path in share if not os.path.exists(path)]
+        missing = [path for path in share if not path.exists()]
         if missing:
             dtype = getattr(torch, args.dtype)
             model = decode.load_model(args.model, args.model_revision, args.device, dtype)
@@ -203,12 +207,14 @@ class BlockDecoder(LM):
         for path in bar:
             if path in missing:
                 write_json(path, answer(files[path], args, options, model, self.tokenizer, prompts))
-        if not all(map(os.path.exists, files)):
+        if not all(path.exists() for path in files):
             raise Ended
         records = []
         for path in files:
-            with open(path, encoding="utf-8") as file:
-                records += json.load(file)
+            try:
+                records += json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                sys.exit(f"{path} is damaged; delete it, and give the same command again")
         return sorted(records, key=lambda record: record["index"])
 
     def loglikelihood(self, requests):
@@ -221,7 +227,8 @@ def cut(text, settings):
     """`text` up to the first of the request's stop sequences."""
     stops = settings.get("until") or []
     for stop in [stops] if isinstance(stops, str) else stops:
-        text = text.partition(stop)[0]
+        if stop:
+            text = text.partition(stop)[0]
     return text
 
 
@@ -250,10 +257,8 @@ def model_identity(name, config):
     """A text that differs between models: a hash of the folder's contents, or the hub's commit."""
     if not os.path.isdir(name):
         return f"{name}@{config._commit_hash}"
-    paths = []
-    for kind in ("safetensors", "bin", "json", "jinja", "py", "model", "txt"):
-        paths += glob(os.path.join(escape(name), f"*.{kind}"))
-    identity = digest(*(f"{os.path.basename(path)} {file_digest(path)}" for path in sorted(paths)))
+    paths = sorted(path for path in Path(name).iterdir() if path.suffix in MODEL_FILES)
+    identity = digest(*(f"{path.name} {file_digest(path)}" for path in paths))
     base, _ = decode.base_of(name, None)
     return identity if base == name else digest(identity, model_identity(base, config))
 
@@ -286,14 +291,15 @@ def check_padding(args, model, prompts):
 # ------------------------------------------------------------------- the evaluation in its folder
 
 
-def describe(args, options, config, task, requests):
+def describe(args, options, config, task, requests, prompts):
     """All that can change an answer or its verdict, and the versions of libraries, for JSON.
 
     Paths and times are left out, so that a folder can be moved and its model copied.
     """
     problems = []
-    for request in requests:
-        problems.append(json.dumps([request.doc, request.args], sort_keys=True, default=str))
+    for request, prompt in zip(requests, prompts, strict=True):
+        problem = [request.doc, task.doc_to_target(request.doc), prompt, request.args[1]]
+        problems.append(json.dumps(problem, sort_keys=True, default=str))
     grading = {}
     for name in ("metric_list", "filter_list", "process_results"):
         grading[name] = task.dump_config().get(name)  # its function as source
@@ -319,16 +325,12 @@ def claim(folder, description):
     Raises:
         SystemExit: if the folder has another evaluation, or something else.
     """
-    path = os.path.join(folder, "settings.json")
-    has_summary = os.path.exists(os.path.join(folder, "summary.json"))
-    begun = has_summary or os.listdir(os.path.join(folder, "answers"))
-    if begun and not os.path.exists(path):
+    path = folder / "settings.json"
+    begun = (folder / "summary.json").exists() or list((folder / "answers").iterdir())
+    if begun and not path.exists():
         sys.exit(f"--output {folder} has answers but no settings.json; give another folder")
     try:
-        before = description
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                before = json.load(file)
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else description
         before = before["settings"] | before["versions"]
     except (ValueError, KeyError, TypeError):
         sys.exit(f"{path} is damaged, or not of an evaluation; give another folder")
@@ -395,30 +397,36 @@ def answer(batch, args, options, model, tokenizer, prompts):
 # ----------------------------------------------------------------------------------- the summary
 
 
-def summarize(metrics, samples, records):
+def summarize(task, results, records):
     """What the answers are worth, and what they cost.
 
+    `accuracy` is `math_verify`, or else the task's first metric, with its last filter, if it is the
+    mean of zeros and ones.
+
     Args:
-        metrics: the harness's, {"metric,filter": value}.
-        samples: the harness's, a dict per problem and filter.
+        results: of the harness.
         records: of the answers.
     """
-    last = samples[-1]
-    name = "math_verify" if "math_verify" in last["metrics"] else last["metrics"][0]
-    graded = [sample for sample in samples if sample["filter"] == last["filter"]]
-    values = [sample[name] for sample in graded]
+    metrics = results["results"][task.task_name]
+    metrics = {name: x for name, x in metrics.items() if "," in name and "_stderr" not in name}
+    samples = results["samples"][task.task_name]
+    filter_name = samples[-1]["filter"]
+    names = list(task.aggregation())
+    name = "math_verify" if "math_verify" in names else names[0]
+    values = [sample[name] for sample in samples if sample["filter"] == filter_name]
+    accuracy = metrics[f"{name},{filter_name}"]
     interval = None
-    if all(value in (0, 1) for value in values):
+    if all(value in (0, 1) for value in values) and sum(values) == accuracy * len(values):
         interval = interval_95(sum(values), len(values))
     totals = {}
     for cost in ("tokens", "forwards", "seconds"):
         totals[cost] = sum(record[cost] for record in records)
     return {
-        "accuracy": metrics[f"{name},{last['filter']}"],
-        "exact_match": metrics.get(f"exact_match,{last['filter']}"),
+        "accuracy": accuracy if interval else None,
+        "exact_match": metrics.get(f"exact_match,{filter_name}"),
         "interval_95": interval,
         "count": len(values),
-        "ungraded": sum(sample.get("ungraded", 0) for sample in graded),
+        "ungraded": sum(sample.get("ungraded", 0) for sample in samples),
         **totals,
         "tokens_per_second": totals["tokens"] / totals["seconds"],
         "metrics": metrics,
@@ -437,12 +445,11 @@ def interval_95(correct, count):
 
 def report(folder):
     """Print the summary, or that there is none yet; returns it, or None."""
-    path = os.path.join(folder, "summary.json")
-    if not os.path.exists(path):
+    path = folder / "summary.json"
+    if not path.exists():
         print(f"{folder}: this process has finished; others are still running, or not yet started")
         return None
-    with open(path, encoding="utf-8") as file:
-        summary = json.load(file)
+    summary = json.loads(path.read_text(encoding="utf-8"))
     print(f"{folder}: {summary['count']} answers")
     if summary["interval_95"]:
         low, high = summary["interval_95"]
@@ -470,8 +477,10 @@ def evaluate(args):
     if getattr(task, "UNSAFE_CODE", False) and not args.confirm_run_unsafe_code:
         remedy = "give --confirm_run_unsafe_code, in a sandbox"
         sys.exit(f"--task {args.task} runs the code that the model wrote; {remedy}")
-    os.makedirs(os.path.join(args.output, "answers"), exist_ok=True)
-    if args.dataset is not None:
+    if (args.output / "config.json").exists():
+        sys.exit(f"--output {args.output} is a model's folder; give another one")
+    (args.output / "answers").mkdir(parents=True, exist_ok=True)
+    if task.task_name.startswith("metamath"):
         grade.check()
     model = BlockDecoder(args, task)
     results = run_harness(
@@ -485,11 +494,9 @@ def evaluate(args):
     )
     samples = results["samples"][task.task_name]
     lines = [json.dumps(sample, default=str) + "\n" for sample in samples]
-    write_text(os.path.join(args.output, "samples.jsonl"), "".join(lines))
-    metrics = results["results"][task.task_name]
-    metrics = {name: x for name, x in metrics.items() if "," in name and "_stderr" not in name}
-    summary = summarize(metrics, samples, model.records) | model.description
-    write_json(os.path.join(args.output, "summary.json"), summary)
+    write_text(args.output / "samples.jsonl", "".join(lines))
+    summary = summarize(task, results, model.records) | model.description
+    write_json(args.output / "summary.json", summary)
 
 
 def main(argv):
@@ -510,10 +517,7 @@ def main(argv):
     except torch.OutOfMemoryError:
         sys.exit(f"--batch_size {args.batch_size}: out of memory; give a lower one")
     except OSError as error:
-        sys.exit(
-            f"--output {args.output} cannot be written ({error}); give the same command again "
-            "when it can"
-        )
+        sys.exit(f"{pt.first_line(error)}; give the same command again when this is mended")
     except KeyboardInterrupt:
         sys.exit("interrupted; give the same command again to resume")
     return report(args.output)

@@ -24,6 +24,8 @@ def write_text(path, text):
     partial = f"{path}.{os.getpid()}.partial"  # other processes may write it too
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 

@@ -3,10 +3,11 @@
     python experiments/held_out.py GSAI-ML/LLaDA-8B-Instruct ckpts_stagewise_sft_32_step0200 \\
         --data test.pt --output held_out
 
-Each block of each answer in --data, a file of pt.py, is masked at every t of T_GRID as Blockwise
-SFT masks it: prefix clean, block at rate t, suffix hidden. The loss is that of train_blockwise.py,
-the mean over draws of the mean cross-entropy of a draw's masked tokens, in nats; draws without a
-masked token are left out. The noise depends on row, block and --seed alone.
+Each block of each answer in --data, a file of pt.py, is masked at every t of T_GRID as decoding
+meets it: prefix clean, block at rate t, everything later up to --max_len hidden, with MASK_PADDING.
+The loss is that of train_blockwise.py, the mean over draws of the mean cross-entropy of a draw's
+masked tokens, in nats; draws without a masked token are left out. The noise depends on row, block
+and --seed alone.
 
 Writes held_out.csv, with a line per model, block and t, and held_out.png.
 
@@ -44,6 +45,8 @@ def parse_args(argv):
     for name, least in lowest.items():
         if getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
+    if not os.path.isdir(os.path.dirname(args.output) or "."):
+        parser.error(f"--output {args.output}: its folder does not exist; make it, or give another")
     for ending in ("csv", "png"):
         if os.path.exists(f"{args.output}.{ending}"):
             parser.error(f"--output {args.output}: {args.output}.{ending} exists; give another")
@@ -54,6 +57,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a wrong flag a
     ARGS = parse_args(sys.argv[1:])
 
 import decode
+import evaluate
 import numpy as np
 import plot
 import suite  # noqa: F401 (pt.py and the trainers are one folder up)
@@ -129,6 +133,7 @@ def held_out_loss(model, name, rows, mask_id, pad_id, args):
         args: block_size, max_len, batch_size and seed.
     """
     constants = {"MASK_ID": mask_id, "BLOCK_SIZE": args.block_size, "MASK_PROB_EPS": 0.0}
+    constants |= {"PREFIX_MASK_RATE": 0.0, "SUFFIX_MASK_PROB": 1.0, "MASK_PADDING": True}
     totals = {}
     bar = tqdm(list_batches(rows, args), unit=" batches", desc=f"loss of {os.path.basename(name)}")
     for block, t, numbers in bar:
@@ -159,21 +164,20 @@ def mean_loss(lines):
 # ------------------------------------------------------------------------------------------ main
 
 
-def measure(name, rows, args):
-    """The lines of one model.
+def check_model(name, rows, args):
+    """The tokenizer of a model and its `decode.special_ids`, without loading its weights.
 
     Raises:
-        SystemExit: if it cannot be loaded, or does not belong to the data.
+        SystemExit: if it is no masked diffusion model, or does not belong to the data.
     """
     tokenizer = pt.load_tokenizer(*decode.base_of(name, "main"))
-    model = decode.load_model(name, "main", args.device, getattr(torch, args.dtype))
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = decode.special_ids(name, model.config, tokenizer, vocabulary)
+    config, vocabulary = evaluate.load_config(name, "main")
+    if getattr(config, "block_causal", None) or getattr(config, "logit_shift", None):
+        sys.exit(f"--model {name} attends block by block or predicts the next token; give another")
     largest = max(int(ids.max()) for _, ids in rows)
     if largest >= vocabulary:
         sys.exit(f"--data {args.data} has id {largest}, {name} only {vocabulary} ids; run pt.py")
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return held_out_loss(model, name, rows, ids["mask_id"], pad_id, args)
+    return tokenizer, decode.special_ids(name, config, tokenizer, vocabulary)
 
 
 def write_csv(path, lines):
@@ -204,17 +208,24 @@ def main(args):
     decode.set_device(args)
     set_verbosity_error()
     rows = load_rows(args)
+    checked = [check_model(name, rows, args) for name in args.models]
     lines = []
     try:
-        for name in args.models:
-            own = measure(name, rows, args)
+        for name, (tokenizer, ids) in zip(args.models, checked, strict=True):
+            model = decode.load_model(name, "main", args.device, getattr(torch, args.dtype))
+            pad_id = tokenizer.eos_token_id  # hidden
+            own = held_out_loss(model, name, rows, ids["mask_id"], pad_id, args)
+            if not own:
+                sys.exit(f"--data {args.data}: no token was masked; give more rows")
             print(f"{name}: {mean_loss(own):.4f}")
             lines += own
+            write_csv(f"{args.output}.csv", lines)
     except torch.OutOfMemoryError:
         sys.exit(f"--batch_size {args.batch_size}: out of memory; give a lower one")
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    write_csv(f"{args.output}.csv", lines)
+    except OSError as error:
+        sys.exit(f"--output {args.output} cannot be written ({error}); give another")
     plot.save(draw(lines), f"{args.output}.png")
     print(f"wrote {args.output}.csv and {args.output}.png")
 

@@ -1,5 +1,6 @@
 """An evaluation can be stopped anywhere, says what it measured, and grades as a person would."""
 
+import fcntl
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import decode
 import evaluate
 import files
@@ -302,14 +304,19 @@ GOOD = '{"query": "a", "answer": "1"}\n'
     "content, message",
     [
         (None, "cannot be loaded (FileNotFoundError: "),
-        (b"", "cannot be loaded ("),
-        (f"{GOOD}x\n".encode(), "cannot be loaded (ArrowInvalid: JSON parse error"),
-        (b'{"query": "", "answer": "1"}\n', "problem 1 needs a text, in one of query, question"),
-        (b'{"text": "a", "answer": "1"}\n', "problem 1 needs a text, in one of query, question"),
-        (b'{"query": "a"}\n', "problem 1 has no final answer"),
-        (b"[1]\n", "cannot be loaded ("),
-        (b'{"query": "a", "response": "so it\\nis so"}\n', "problem 1 has no final answer"),
-        (b"\xff\n", "cannot be loaded ("),
+        (b"", "it has no problems"),
+        (b"\n\n", "it has no problems"),
+        (f"{GOOD}x\n".encode(), "line 2 is not JSON"),
+        (f"{GOOD}null\n".encode(), "line 2 needs a text in query or question or problem, and"),
+        (b"[1]\n", "line 1 needs a text in"),
+        (b'{"query": "", "answer": "1"}\n', "line 1 needs a text in"),
+        (b'{"text": "a", "answer": "1"}\n', "line 1 needs a text in"),
+        (b'{"query": "a"}\n', "line 1 needs a text in"),
+        (b'{"query": "a", "answer": true}\n', "line 1 needs a text in"),
+        (b'{"query": "a", "answer": {"v": 1}}\n', "line 1 needs a text in"),
+        (b'{"query": "a", "answer": " "}\n', "line 1 has no final answer"),
+        (b'{"query": "a", "response": "so it\\nis so"}\n', "line 1 has no final answer"),
+        (b"\xff\n", "cannot be loaded (UnicodeDecodeError"),
         (
             f'{GOOD}{{"query": "<|mdm_mask|>", "answer": "1"}}\n'.encode(),
             "prompt 2 contains the mask token",
@@ -376,6 +383,85 @@ def test_a_task_of_the_harness(model, tmp_path, monkeypatch):
     evaluate.main([*suite.flags(paths | settings), "--no_chat_template"])
     plain = samples(tmp_path / "plain")[0]["arguments"][0][0]
     assert "<|" not in plain and plain.endswith("Question: What is 20 + 1?\nAnswer:")
+
+
+def test_answers_of_a_file_are_taken_as_they_are(tmp_path):
+    """No type is guessed, and a file that has changed is read again, even at the same time."""
+    path = tmp_path / "rows[1].jsonl"
+    written = ["2024-01-01", "18", 18, 1.5, 10**30, "#### 7", "\\boxed{x}"]
+    for answers in (written, written[::-1]):
+        rows = [{"query": "a", "answer": answer, "other": [answer]} for answer in answers]
+        path.write_text("\n\n".join(json.dumps(row) for row in rows))
+        os.utime(path, (0, 0))
+        expected = [{"#### 7": "7", "\\boxed{x}": "x"}.get(a, str(a)) for a in answers]
+        assert list(evaluate.load_task(str(path)).eval_docs["answer"]) == expected
+
+
+def test_benchmarks_of_the_hub(monkeypatch):
+    """Their columns are those of the published data sets."""
+    rows = {
+        "openai/gsm8k": {"question": "a?", "answer": "So.\n#### 1,000"},
+        "HuggingFaceH4/MATH-500": {"problem": "a?", "solution": "It is $x$.", "answer": "x"},
+    }
+
+    def load_dataset(path, name, **_):
+        assert name == ("main" if path == "openai/gsm8k" else None)
+        return {"test": datasets.Dataset.from_list([rows[path]])}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name, answer in (("gsm8k", "1,000"), ("math500", "x")):
+        task = evaluate.load_task(name)
+        assert task.eval_docs[0] == {"query": "a?", "answer": answer}
+        assert task.doc_to_text(task.eval_docs[0]) == pt.PROMPT.format(query="a?")
+
+
+def test_a_metric_that_is_no_proportion_is_no_accuracy(model, problems, tmp_path):
+    """Here BLEU; empty stop sequences and several answers to a problem do no harm."""
+    config = {
+        "task": "bleu",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(problems)}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "query",
+        "doc_to_target": "response",
+        "metric_list": [{"metric": "bleu"}],
+        "generation_kwargs": {"until": ["", "never"]},
+        "repeats": 2,
+    }
+    (tmp_path / "bleu.yaml").write_text(json.dumps(config))
+    paths = {"model": model, "task": tmp_path / "bleu.yaml", "output": tmp_path / "out"}
+    summary = evaluate.main(suite.flags(paths | OPTIONS | {"limit": 3}))
+    assert summary["accuracy"] is None and summary["interval_95"] is None
+    assert summary["metrics"].keys() == {"bleu,none"} and summary["count"] == 3
+    assert len(answers(tmp_path / "out")) == 6
+    with pytest.raises(SystemExit, match=r"--num_fewshot 14: more than --task .* has"):
+        evaluate.main(suite.flags(paths | OPTIONS | {"num_fewshot": 14}))
+
+
+def test_only_one_process_grades(model, problems, whole, tmp_path, monkeypatch):
+    """The others end, although all answers are there."""
+    shutil.copytree(whole[0], tmp_path / "out")
+    (tmp_path / "out" / "summary.json").unlink()
+    arguments = words(model, problems, tmp_path / "out")
+    with open(tmp_path / "out" / "grading", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert evaluate.main(arguments) is None
+    assert timeless(evaluate.main(arguments)) == timeless(whole[1])
+
+
+def test_a_damaged_batch_is_named(model, problems, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "out")
+    (tmp_path / "out" / "summary.json").unlink()
+    (tmp_path / "out" / "answers" / "00001.json").write_text("")
+    with pytest.raises(SystemExit, match=r"00001\.json is damaged; delete it"):
+        evaluate.main(words(model, problems, tmp_path / "out"))
+
+
+def test_a_model_folder_is_no_output(model, problems):
+    with pytest.raises(SystemExit, match="is a model's folder; give another one"):
+        evaluate.main(words(model, problems, model))
+    assert not (model / "answers").exists()
 
 
 def test_a_group_of_tasks_is_refused(monkeypatch):

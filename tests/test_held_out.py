@@ -1,7 +1,10 @@
 """The held-out loss is one functional, on the same noise for every model."""
 
 import csv
+from types import SimpleNamespace
 
+import decode
+import evaluate
 import held_out
 import numpy as np
 import pytest
@@ -59,7 +62,7 @@ def test_the_loss_is_that_of_the_definition(toy_folder, measured):
                     mask_id if pos in masked or pos >= start + 8 else ids[pos]
                     for pos in range(len(ids))
                 ]
-                noisy += [model.config.pad_token_id] * (60 - len(ids))
+                noisy += [mask_id] * (60 - len(ids))
                 if not masked:
                     continue
                 with torch.no_grad():
@@ -121,6 +124,38 @@ def test_bad_input(toy_folder, tmp_path, monkeypatch, changes, message):
         held_out.main(held_out.parse_args([model, *flags(**given)]))
     assert message in str(ended.value.code)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["block_causal", "logit_shift"])
+def test_models_that_attend_otherwise_are_refused(toy_folder, tmp_path, monkeypatch, key):
+    def load_config(name, revision):
+        return SimpleNamespace(**{key: 4}), 126464
+
+    monkeypatch.setattr(evaluate, "load_config", load_config)
+    with pytest.raises(SystemExit, match="attends block by block or predicts the next token"):
+        run(tmp_path / "x", toy_folder, toy_folder / "model")
+
+
+def test_a_model_that_fails_leaves_the_figures_of_those_before(toy_folder, tmp_path, monkeypatch):
+    load_model = decode.load_model
+    loaded = []
+
+    def load_once(*how):
+        loaded.append(how)
+        if len(loaded) > 1:
+            raise KeyboardInterrupt
+        return load_model(*how)
+
+    monkeypatch.setattr(decode, "load_model", load_once)
+    with pytest.raises(SystemExit, match="interrupted"):
+        run(tmp_path / "x", toy_folder, *[toy_folder / "model"] * 2)
+    assert len((tmp_path / "x.csv").read_text().splitlines()) > 5
+
+
+def test_a_missing_folder_is_noticed_first(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        held_out.parse_args(["model", *flags(data="x.pt", output=tmp_path / "no" / "both")])
+    assert "its folder does not exist" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):

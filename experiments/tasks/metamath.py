@@ -3,6 +3,7 @@
 They also work without evaluate.py: `lm_eval --include_path experiments/tasks --tasks ...`.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -18,38 +19,55 @@ QUERIES = ("query", "question", "problem")  # columns of MetaMathQA, GSM8K and M
 SOLUTIONS = ("answer", "response")
 
 
-def process_docs(rows):
-    """The problems of a dataset, with columns query and answer, the final answer alone.
+def read_problems(path, **_):
+    """The problems of a .jsonl file, as the harness takes a dataset.
+
+    Read here: the datasets library would guess types, and keep a copy of a file that changes.
 
     Raises:
-        ValueError: if there are none, or one has no text or no final answer.
+        OSError, ValueError: if the file or one of its lines cannot be read.
     """
     problems = []
-    for number, row in enumerate(rows, start=1):
-        query = first(row, QUERIES)
-        solution = str(first(row, SOLUTIONS))
-        if not isinstance(query, str) or not query.strip():
-            columns = f"{', '.join(QUERIES)}, and {' or '.join(SOLUTIONS)}"
-            raise ValueError(f"problem {number} needs a text, in one of {columns}: {row!r:.80}")
-        # a worked solution, as GSM8K's are, or the final answer itself
-        answer = grade.final_answer(solution) or solution.strip()
-        if answer in ("", "None") or "\n" in answer:
-            raise ValueError(
-                f"problem {number} has no final answer: {solution[-80:]!r}; "
-                'let it end in "The answer is: ..."'
-            )
-        problems.append({"query": query, "answer": answer})
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number} is not JSON ({error})") from None
+                problems.append(make_problem(row, f"line {number}"))
     if not problems:
         raise ValueError("it has no problems")
+    return {"test": Dataset.from_list(problems)}
+
+
+def process_docs(rows):
+    """The problems of a hub dataset, as a Dataset with the columns query and answer."""
+    problems = [make_problem(row, f"problem {n}") for n, row in enumerate(rows, start=1)]
     return Dataset.from_list(problems)
 
 
-def first(row, columns):
-    """The first of these columns that the row has a value in; None if there is none."""
-    for column in columns:
-        if row.get(column) is not None:
-            return row[column]
-    return None
+def make_problem(row, place):
+    """A row as {"query", "answer"}, with the final answer alone.
+
+    Raises:
+        ValueError: if the row at this place has no text or no final answer.
+    """
+    row = row if isinstance(row, dict) else {}
+    query = next((row[name] for name in QUERIES if row.get(name) is not None), None)
+    solution = next((row[name] for name in SOLUTIONS if row.get(name) is not None), None)
+    texts = isinstance(query, str) and query.strip()
+    if not texts or isinstance(solution, bool) or not isinstance(solution, str | int | float):
+        columns = f"a text in {' or '.join(QUERIES)}, and {' or '.join(SOLUTIONS)}"
+        raise ValueError(f"{place} needs {columns}: {row!r:.80}")
+    # a worked solution, as GSM8K's are, or the final answer itself
+    answer = grade.final_answer(str(solution)) or str(solution).strip()
+    if not answer or "\n" in answer:
+        raise ValueError(
+            f"{place} has no final answer: {str(solution)[-80:]!r}; "
+            'let it end in "The answer is: ..."'
+        )
+    return {"query": query, "answer": answer}
 
 
 def doc_to_text(problem):
