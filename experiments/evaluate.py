@@ -416,7 +416,8 @@ def summarize(task, results, records):
     values = [sample[name] for sample in samples if sample["filter"] == filter_name]
     accuracy = metrics[f"{name},{filter_name}"]
     interval = None
-    if all(value in (0, 1) for value in values) and sum(values) == accuracy * len(values):
+    shares = all(value in (0, 1) for value in values)
+    if shares and math.isclose(sum(values) / len(values), accuracy):
         interval = interval_95(sum(values), len(values))
     totals = {}
     for cost in ("tokens", "forwards", "seconds"):

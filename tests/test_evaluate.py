@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import decode
@@ -146,6 +147,23 @@ def test_accuracy_counts_correct_answers(model, problems, tmp_path, monkeypatch)
     assert [sample["exact_match"] for sample in graded] == [i % 3 == 0 for i in range(COUNT)]
     assert [sample["math_verify"] for sample in graded] == [i % 3 < 2 for i in range(COUNT)]
     assert (summary["exact_match"], summary["accuracy"]) == (5 / 14, 10 / 14)
+
+
+@pytest.mark.parametrize("metrics", [["exact_match", "math_verify"], ["acc", "exact_match"]])
+def test_accuracy_is_math_verify_or_the_first_metric(metrics):
+    """Of the last filter, for every number of right answers."""
+    name = "math_verify" if "math_verify" in metrics else "acc"
+    task = SimpleNamespace(task_name="t", aggregation=lambda: dict.fromkeys(metrics))
+    record = {"tokens": 3, "forwards": 2, "seconds": 1.0}
+    for right in range(301):
+        samples = [{"filter": f, name: int(i < right)} for f in "ab" for i in range(300)]
+        found = {f"{name},a": 0.5, f"{name},b": right / 300, f"{name}_stderr,b": "N/A", "alias": ""}
+        results = {"results": {"t": found}, "samples": {"t": samples}}
+        summary = evaluate.summarize(task, results, [record] * 300)
+        assert summary["accuracy"] == right / 300
+        assert summary["interval_95"] == evaluate.interval_95(right, 300)
+        assert (summary["count"], summary["tokens"]) == (300, 900)
+        assert summary["metrics"] == {f"{name},a": 0.5, f"{name},b": right / 300}
 
 
 def test_interval():
