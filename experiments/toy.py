@@ -1,6 +1,6 @@
 """Quick start: the whole suite on a toy, on a laptop, without a GPU and without downloads.
 
-    python experiments/toy.py                # about three minutes on two cores
+    python experiments/toy.py                # three to seven minutes on two cores
 
 Builds the toy task and its base (chains.py), writes the .pt files (pt.py), trains with both methods
 at equal compute, measures the held-out loss of the base and both checkpoints (held_out.py), decodes
