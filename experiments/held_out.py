@@ -106,10 +106,10 @@ def list_batches(rows, args):
     return batches
 
 
-def make_draws(rows, numbers, block, t, pad_id, args):
+def make_draws(rows, numbers, block, t, args):
     """input_ids, noisy_ids and loss_mask, (B, L) each, of one block of these rows at one t."""
     chosen = [rows[number] for number in numbers]
-    padded = [pad(ids, (0, args.max_len - len(ids)), value=pad_id) for _, ids in chosen]
+    padded = [pad(ids, (0, args.max_len - len(ids))) for _, ids in chosen]  # shown as [MASK]
     input_ids = torch.stack(padded)  # (B, L)
     prompt_len = torch.tensor([[prompt_len] for prompt_len, _ in chosen])  # (B, 1)
     length = torch.tensor([[len(ids)] for _, ids in chosen])  # (B, 1)
@@ -124,7 +124,7 @@ def make_draws(rows, numbers, block, t, pad_id, args):
 
 
 @torch.no_grad()
-def held_out_loss(model, name, rows, mask_id, pad_id, args):
+def held_out_loss(model, name, rows, mask_id, args):
     """The loss of a model by block and t: [a dict with COLUMNS].
 
     Args:
@@ -138,7 +138,7 @@ def held_out_loss(model, name, rows, mask_id, pad_id, args):
     bar = tqdm(list_batches(rows, args), unit=" batches", desc=f"loss of {os.path.basename(name)}")
     for block, t, numbers in bar:
         with mock.patch.multiple(train_blockwise, **constants):
-            batch = make_draws(rows, numbers, block, t, pad_id, args)
+            batch = make_draws(rows, numbers, block, t, args)
             loss_mask = batch[2]
             if not loss_mask.any():
                 continue
@@ -165,7 +165,7 @@ def mean_loss(lines):
 
 
 def check_model(name, rows, args):
-    """The tokenizer of a model and its `decode.special_ids`, without loading its weights.
+    """The mask token's id of a model, without loading its weights.
 
     Raises:
         SystemExit: if it is no masked diffusion model, or does not belong to the data.
@@ -177,7 +177,7 @@ def check_model(name, rows, args):
     largest = max(int(ids.max()) for _, ids in rows)
     if largest >= vocabulary:
         sys.exit(f"--data {args.data} has id {largest}, {name} only {vocabulary} ids; run pt.py")
-    return tokenizer, decode.special_ids(name, config, tokenizer, vocabulary)
+    return decode.special_ids(name, config, tokenizer, vocabulary)["mask_id"]
 
 
 def write_csv(path, lines):
@@ -208,13 +208,13 @@ def main(args):
     decode.set_device(args)
     set_verbosity_error()
     rows = load_rows(args)
-    checked = [check_model(name, rows, args) for name in args.models]
+    mask_ids = [check_model(name, rows, args) for name in args.models]
     lines = []
     try:
-        for name, (tokenizer, ids) in zip(args.models, checked, strict=True):
+        for name, mask_id in zip(args.models, mask_ids, strict=True):
             model = decode.load_model(name, "main", args.device, getattr(torch, args.dtype))
-            pad_id = tokenizer.eos_token_id  # hidden
-            own = held_out_loss(model, name, rows, ids["mask_id"], pad_id, args)
+            own = held_out_loss(model, name, rows, mask_id, args)
+            del model  # before the next one is loaded
             if not own:
                 sys.exit(f"--data {args.data}: no token was masked; give more rows")
             print(f"{name}: {mean_loss(own):.4f}")
