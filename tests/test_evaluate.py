@@ -166,6 +166,16 @@ def test_accuracy_is_math_verify_or_the_first_metric(metrics):
         assert summary["metrics"] == {f"{name},a": 0.5, f"{name},b": right / 300}
 
 
+def test_answers_that_cannot_be_graded_are_counted(model, problems, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole[0], tmp_path / "out")
+    (tmp_path / "out" / "summary.json").unlink()
+    verdicts = iter([True, None] * COUNT)
+    monkeypatch.setattr(grade, "check", lambda: None)
+    monkeypatch.setattr(grade, "equal_in_time", lambda *_: next(verdicts))
+    summary = evaluate.main(words(model, problems, tmp_path / "out"))
+    assert (summary["ungraded"], summary["accuracy"]) == (COUNT / 2, 0.5)
+
+
 def test_interval():
     """Wilson's, by its definition: proportions from which the observed one is 1.96 deviations."""
     for correct, count in ((0, 10), (3, 10), (700, 1000), (50, 50)):
@@ -397,6 +407,18 @@ def test_a_task_of_the_harness(model, tmp_path, monkeypatch):
     assert turns == ["user", "assistant"] * 3
     assert prompt.count("#### ") == 2 and "What is 20 + 1?" in prompt
 
+    def refused(message, **changes):
+        with pytest.raises(SystemExit, match=message):
+            evaluate.main(suite.flags(paths | settings | changes))
+
+    refused("problems_sha256", num_fewshot=1)
+    refused("problems_sha256", num_fewshot=0)
+    with pytest.raises(SystemExit, match="problems_sha256"):
+        evaluate.main([*suite.flags(paths | settings), "--no_chat_template"])
+    task.write_text(task.read_text() + "filter_list: [{name: n, filter: [{function: take_first}]}]")
+    refused("grading_sha256")
+
+    task.write_text(TASK.format(harness=harness, folder=tmp_path))
     paths["output"] = tmp_path / "plain"
     evaluate.main([*suite.flags(paths | settings), "--no_chat_template"])
     plain = samples(tmp_path / "plain")[0]["arguments"][0][0]

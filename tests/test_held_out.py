@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import train_blockwise
 
-SETTINGS = {"block_size": 8, "max_len": 60, "limit": 6}
+LENGTH = 100  # tokens: some rows are longer, some shorter
+SETTINGS = {"block_size": 8, "max_len": LENGTH, "limit": 6}
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +51,13 @@ def test_the_loss_is_that_of_the_definition(toy_folder, measured):
     mask_id = model.config.mask_token_id
     sums = {}
     rows = torch.load(toy_folder / "train.pt")[:6]
+    lengths = [len(row["full_ids"]) for row in rows]
+    assert min(lengths) < LENGTH < max(lengths)
     for number, row in enumerate(rows):
-        ids = row["full_ids"][:60].tolist()
+        ids = row["full_ids"][:LENGTH].tolist()
         first = row["prompt_len"]
         for block, start in enumerate(range(first, len(ids), 8)):
-            noise = np.random.default_rng((0, number, block)).random(61, np.float32)
+            noise = np.random.default_rng((0, number, block)).random(1 + LENGTH, np.float32)
             for t in (0.1, 0.3, 0.5, 0.7, 0.9):
                 active = range(start, min(start + 8, len(ids)))
                 masked = [pos for pos in active if noise[1 + pos] < np.float32(t)]
@@ -62,7 +65,7 @@ def test_the_loss_is_that_of_the_definition(toy_folder, measured):
                     mask_id if pos in masked or pos >= start + 8 else ids[pos]
                     for pos in range(len(ids))
                 ]
-                noisy += [mask_id] * (60 - len(ids))
+                noisy += [mask_id] * (LENGTH - len(ids))
                 if not masked:
                     continue
                 with torch.no_grad():
