@@ -27,18 +27,20 @@ def read_problems(path, **_):
     Raises:
         OSError, ValueError: if the file or one of its lines cannot be read.
     """
-    problems = []
     with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number} is not JSON ({error})") from None
-                problems.append(make_problem(row, f"line {number}"))
+        lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    problems = [make_problem(parse(line, number), f"line {number}") for number, line in lines]
     if not problems:
         raise ValueError("it has no problems")
     return {"test": Dataset.from_list(problems)}
+
+
+def parse(line, number):
+    """The content of a line of JSON; a ValueError names the line."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} is not JSON ({error})") from None
 
 
 def process_docs(rows):
