@@ -21,7 +21,7 @@ OPTIONS = (  # the flags that are keyword arguments of `decode.decode`
 def add_model_flags(parser):
     """Add the flags that say which model is loaded, and where, to an ArgumentParser."""
     parser.add_argument(
-        "--model", required=True, help="checkpoint folder, base model folder or hub id"
+        "--model", required=True, help="folder of a checkpoint, adapter or base, or hub id"
     )
     parser.add_argument(
         "--model_revision",

@@ -369,60 +369,68 @@ dataset_kwargs: {{data_files: {{train: {folder}/train.jsonl, test: {folder}/test
 """
 
 
-def test_a_task_of_the_harness(model, tmp_path, monkeypatch):
-    """GSM8K's prompt, examples, stop sequences and metrics, on problems made here."""
+@pytest.fixture
+def gsm8k(model, tmp_path, monkeypatch):
+    """The flags of an evaluation of GSM8K on four problems made here, whose answers are planned.
+
+    They are right in GSM8K's form, in another form, followed by a new question, and wrong.
+    """
     for split, numbers in (("train", range(8)), ("test", range(20, 24))):
         lines = []
         for number in numbers:
             row = {"question": f"What is {number} + 1?", "answer": f"So.\n#### {number + 1}"}
             lines.append(json.dumps(row) + "\n")
         (tmp_path / f"{split}.jsonl").write_text("".join(lines))
-    task = tmp_path / "task.yaml"
     harness = Path(lm_eval.__file__).parent
+    task = tmp_path / "task.yaml"
     task.write_text(TASK.format(harness=harness, folder=tmp_path))
     tokenizer = pt.load_tokenizer(str(model))
-    end = tokenizer.get_vocab()["<|eot_id|>"]
 
     def decode_as_planned(model, prompts, *, seeds, gen_length, **_):
-        """Right in GSM8K's form, in another form, followed by a new question, and wrong."""
         forms = ("#### 21", "It is 22 of them", "#### 23\nQuestion: 24 7", "#### 25")
-        planned = torch.full((len(prompts), gen_length), end)
+        planned = torch.full((len(prompts), gen_length), tokenizer.get_vocab()["<|eot_id|>"])
         for row, number in enumerate(seeds):  # with --seed 0
             ids = tokenizer(forms[number], add_special_tokens=False)["input_ids"]
             planned[row, : len(ids)] = torch.tensor(ids)
         return planned
 
     monkeypatch.setattr(decode, "decode", decode_as_planned)
-    settings = OPTIONS | {"gen_length": 64, "num_fewshot": 2, "block_length": 0}
-    out = tmp_path / "out"
-    paths = {"model": model, "task": task, "output": out}
-    summary = evaluate.main(suite.flags(paths | settings))
+    paths = {"model": model, "task": task, "output": tmp_path / "out"}
+    return OPTIONS | paths | {"gen_length": 64, "num_fewshot": 2, "block_length": 0}
+
+
+def test_a_task_of_the_harness(gsm8k):
+    """GSM8K's prompt, examples, stop sequences and metrics."""
+    summary = evaluate.main(suite.flags(gsm8k))
     strict, flexible = "exact_match,strict-match", "exact_match,flexible-extract"
     assert summary["metrics"] == {strict: 0.5, flexible: 0.75}
     assert summary["accuracy"] == summary["exact_match"] == 0.75
     assert (summary["count"], summary["settings"]["task"]) == (4, "local_gsm8k")
-    assert len(samples(out)) == 2 * 4
-    prompt = samples(out)[0]["arguments"][0][0]
+    assert len(samples(gsm8k["output"])) == 2 * 4
+    prompt = samples(gsm8k["output"])[0]["arguments"][0][0]
     turns = re.findall(r"<\|start_header_id\|>(\w+)<", prompt)
     assert turns == ["user", "assistant"] * 3
     assert prompt.count("#### ") == 2 and "What is 20 + 1?" in prompt
 
-    def refused(message, **changes):
-        with pytest.raises(SystemExit, match=message):
-            evaluate.main(suite.flags(paths | settings | changes))
 
+def test_a_prompt_without_the_chat_template(gsm8k):
+    evaluate.main([*suite.flags(gsm8k), "--no_chat_template"])
+    prompt = samples(gsm8k["output"])[0]["arguments"][0][0]
+    assert "<|" not in prompt and prompt.endswith("Question: What is 20 + 1?\nAnswer:")
+
+
+def test_another_prompt_or_grading_is_refused(gsm8k):
+    def refused(message, *more, **changes):
+        with pytest.raises(SystemExit, match=message):
+            evaluate.main([*suite.flags(gsm8k | changes), *more])
+
+    evaluate.main(suite.flags(gsm8k))
     refused("problems_sha256", num_fewshot=1)
     refused("problems_sha256", num_fewshot=0)
-    with pytest.raises(SystemExit, match="problems_sha256"):
-        evaluate.main([*suite.flags(paths | settings), "--no_chat_template"])
-    task.write_text(task.read_text() + "filter_list: [{name: n, filter: [{function: take_first}]}]")
+    refused("problems_sha256", "--no_chat_template")
+    with open(gsm8k["task"], "a") as file:
+        file.write("filter_list: [{name: n, filter: [{function: take_first}]}]")
     refused("grading_sha256")
-
-    task.write_text(TASK.format(harness=harness, folder=tmp_path))
-    paths["output"] = tmp_path / "plain"
-    evaluate.main([*suite.flags(paths | settings), "--no_chat_template"])
-    plain = samples(tmp_path / "plain")[0]["arguments"][0][0]
-    assert "<|" not in plain and plain.endswith("Question: What is 20 + 1?\nAnswer:")
 
 
 def test_answers_of_a_file_are_taken_as_they_are(tmp_path):

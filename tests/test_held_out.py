@@ -42,44 +42,44 @@ def run(output, toy_folder, *models, **changes):
     held_out.main(held_out.parse_args([*map(str, models), *words]))
 
 
+def draw_loss(model, ids, start, noise, t):
+    """The loss of one draw, in plain loops and one forward pass, and the number of its tokens."""
+    masked, noisy = [], []
+    for pos in range(LENGTH):
+        later = pos >= min(start + 8, len(ids))
+        if start <= pos and not later and noise[1 + pos] < np.float32(t):
+            masked.append(pos)
+        hidden = later or pos in masked
+        noisy.append(model.config.mask_token_id if hidden else ids[pos])
+    if not masked:
+        return None
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([noisy])).logits[0, masked]
+    labels = torch.tensor([ids[pos] for pos in masked])
+    return cross_entropy(logits, labels).item(), len(masked)
+
+
 def test_the_loss_is_that_of_the_definition(toy_folder, measured):
-    """Row by row, in plain loops, in one forward pass for each draw."""
     lines = [line for line in measured[0] if line["model"].endswith("model")]
     model = AutoModelForCausalLM.from_pretrained(
         toy_folder / "model", trust_remote_code=True, dtype=torch.float32
     )
-    mask_id = model.config.mask_token_id
-    sums = {}
     rows = torch.load(toy_folder / "train.pt")[:6]
     lengths = [len(row["full_ids"]) for row in rows]
     assert min(lengths) < LENGTH < max(lengths)
+    expected = {}
     for number, row in enumerate(rows):
         ids = row["full_ids"][:LENGTH].tolist()
-        first = row["prompt_len"]
-        for block, start in enumerate(range(first, len(ids), 8)):
+        for block, start in enumerate(range(row["prompt_len"], len(ids), 8)):
             noise = np.random.default_rng((0, number, block)).random(1 + LENGTH, np.float32)
             for t in (0.1, 0.3, 0.5, 0.7, 0.9):
-                active = range(start, min(start + 8, len(ids)))
-                masked = [pos for pos in active if noise[1 + pos] < np.float32(t)]
-                noisy = [
-                    mask_id if pos in masked or pos >= start + 8 else ids[pos]
-                    for pos in range(len(ids))
-                ]
-                noisy += [mask_id] * (LENGTH - len(ids))
-                if not masked:
-                    continue
-                with torch.no_grad():
-                    logits = model(input_ids=torch.tensor([noisy])).logits[0, masked]
-                loss = cross_entropy(logits, torch.tensor([ids[pos] for pos in masked])).item()
-                sums.setdefault((block, t), []).append((loss, len(masked)))
-    assert {(int(x["block"]), float(x["t"])) for x in lines} == sums.keys()
+                expected.setdefault((block, t), []).append(draw_loss(model, ids, start, noise, t))
+    assert {(int(x["block"]), float(x["t"])) for x in lines} == expected.keys()
     for line in lines:
-        values = sums[int(line["block"]), float(line["t"])]
-        assert (int(line["draws"]), int(line["tokens"])) == (
-            len(values),
-            sum(count for _, count in values),
-        )
-        assert float(line["loss"]) == pytest.approx(np.mean([loss for loss, _ in values]), rel=1e-4)
+        draws = [draw for draw in expected[int(line["block"]), float(line["t"])] if draw]
+        losses, tokens = zip(*draws, strict=True)
+        assert (int(line["draws"]), int(line["tokens"])) == (len(draws), sum(tokens))
+        assert float(line["loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 def test_every_model_meets_the_same_masks(measured):
