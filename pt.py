@@ -8,6 +8,7 @@ in MetaMath's prompt, and the assistant answers with `response`. The output is a
 `{"prompt_len": int, "full_ids": LongTensor}`. The first `prompt_len` ids are the prompt, up to and
 including the assistant header; the others are the answer and its end-of-turn token.
 The dataset is on the hub, a folder, or a file: .json, .jsonl, .parquet or .csv.
+Guide: experiments/docs/running.md.
 """
 
 import argparse
@@ -18,6 +19,13 @@ import sys
 import tempfile
 from bisect import bisect_left
 from collections import Counter
+from contextlib import contextmanager
+
+import datasets
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
 
 PROMPT = (  # MetaMath's
     "Below is an instruction that describes a task. "
@@ -28,87 +36,214 @@ FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": 
 BATCH_ROWS = 1000  # rows rendered and encoded together
 
 
-def parse_args(argv):
-    """The flags. A wrong one ends the process with status 2 and a message."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--output", default="MathQA_256.pt", help="file to write (%(default)s)")
-    add("--overwrite", action="store_true", help="replace --output if it exists")
-    add("--model", default="GSAI-ML/LLaDA-8B-Instruct", help="hub id or folder (%(default)s)")
-    add("--model_revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
-    add("--dataset", default="meta-math/MetaMathQA", help="hub id, folder or file (%(default)s)")
-    add("--split", default="train", help="split of the dataset (%(default)s)")
-    add("--max_len", type=int, default=256, help="skip rows with more tokens (%(default)s)")
-    add("--max_samples", type=int, default=20000, help="rows to keep, 0 = all (%(default)s)")
-    add("--filter_type", default="GSM", help='skip types with this in it, "" = none (%(default)s)')
-    args = parser.parse_args(argv)
-    if args.max_len < 2:
-        parser.error(f"--max_len {args.max_len}: give 2 or more, for a prompt and an answer")
-    if args.max_samples < 0:
-        parser.error(f"--max_samples {args.max_samples}: give a number of rows, or 0 for all")
-    return args
+# ------- from rows to tokens
+def preprocess(rows, tokenizer, max_len, max_samples, filter_type):
+    """Render, encode and filter rows, in order, until `max_samples` are kept (0: all).
 
+    Args:
+        rows: `datasets.Dataset` with columns `query`, `response` and, optionally, `type`.
 
-def temporary_name(output):
-    return f"{output}.tmp-{os.getpid()}"
+    Returns:
+        samples: list of `{"prompt_len": int, "full_ids": LongTensor of at most max_len ids}`.
+        counts: Counter of rows read, filtered by type, malformed, too long, kept.
 
-
-def stop(signal_number, frame):
-    """Handle Ctrl-C and `kill`: print one message and leave no temporary file.
-
-    The process ends here, because libraries catch some of the exceptions raised in them.
+    Raises:
+        SystemExit: if the chat template fails.
+        UnicodeDecodeError: if a text is not UTF-8.
     """
-    temporary = temporary_name(ARGS.output)
-    if os.path.exists(temporary):
-        os.remove(temporary)
-    name = signal.Signals(signal_number).name
-    os.write(2, f"\nstopped by {name}; no incomplete file is left\n".encode())
-    os._exit(128 + signal_number)
+    columns = [name for name in ("type", "query", "response") if name in rows.column_names]
+    rows = rows.select_columns(columns)
+    limit = max_samples or len(rows)
+    samples = []
+    counts = Counter({"read": 0, "filtered by type": 0, "malformed": 0, "too long": 0, "kept": 0})
+    with tqdm(total=len(rows), unit=" rows", desc="preprocess") as bar:
+        for start in range(0, len(rows), BATCH_ROWS):
+            batch = rows[start : start + BATCH_ROWS]
+            outcomes, encoded = process_batch(batch, tokenizer, max_len, filter_type)
+            kept = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
+            kept = kept[: limit - len(samples)]
+            samples += to_tensors([encoded[i] for i in kept])
+            done = len(samples) == limit
+            if done:  # rows after the last sample count as not read
+                outcomes = outcomes[: kept[-1] + 1]
+            counts.update(outcomes, read=len(outcomes))
+            bar.update(len(outcomes))
+            if done:
+                break
+    return samples, counts
 
 
-if __name__ == "__main__":
-    # before the slow imports, so that --help, a wrong flag and Ctrl-C are answered at once
-    ARGS = parse_args(sys.argv[1:])
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+def process_batch(batch, tokenizer, max_len, filter_type):
+    """Render, encode and judge a batch of rows, a dict of columns.
 
-import datasets
-import numpy as np
-import torch
-from tqdm import tqdm
-from transformers import AutoTokenizer
+    Returns:
+        outcomes: list of str, one per row.
+        samples: list of `(prompt_len, list of ids)`, one per row; None for rows that are not kept.
+    """
+    queries = batch["query"]
+    responses = batch["response"]
+    row_types = batch.get("type", [None] * len(queries))
+    special = special_token_pattern(tokenizer)
+    outcomes = []
+    for row_type, query, response in zip(row_types, queries, responses, strict=True):
+        outcomes.append(judge(row_type, query, response, filter_type, special))
+    samples = [None] * len(outcomes)
+    chosen = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
+    if not chosen:
+        return outcomes, samples
+    header = find_trailing_header(tokenizer)
+    chosen_queries = [queries[i] for i in chosen]
+    chosen_responses = [responses[i] for i in chosen]
+    prompts, texts = render(tokenizer, header, chosen_queries, chosen_responses)
+    for i, sample in zip(chosen, encode(tokenizer, prompts, texts, max_len), strict=True):
+        if sample is None:
+            outcomes[i] = "too long"
+        elif 0 < sample[0] < len(sample[1]):
+            samples[i] = sample
+        else:  # the template drops the query or the response
+            outcomes[i] = "malformed"
+    return outcomes, samples
 
 
-def first_line(error):
-    """The type of an exception and the first line of its message, at most 300 characters."""
-    lines = str(error).strip().splitlines() or ["no details"]
-    return f"{type(error).__name__}: {lines[0]:.300}"
+def judge(row_type, query, response, filter_type, special):
+    """The outcome of a row before it is encoded: "filtered by type", "malformed" or "kept".
+
+    A row is malformed if its query or response is missing, or spells a special token, such as
+    `<|mdm_mask|>`, which would be encoded as the token itself.
+    """
+    if filter_type and isinstance(row_type, str) and filter_type in row_type:
+        return "filtered by type"
+    for text in (query, response):
+        if not isinstance(text, str) or not text.strip() or special.search(text):
+            return "malformed"
+    return "kept"
 
 
-def check_output(output, dataset, overwrite):
-    """Raise SystemExit if `output` is the dataset, may not be replaced, or cannot be written."""
-    exists = os.path.exists(output)
-    if not output or (exists and not os.path.isfile(output)):
-        sys.exit(f"--output {output!r} is not a file; give the name of one")
-    if exists and os.path.exists(dataset) and os.path.samefile(output, dataset):
-        sys.exit(f"--output {output} is the --dataset itself; give another name")
-    if exists and not overwrite:
-        sys.exit(f"--output {output} exists; give another name, or --overwrite to replace it")
-    folder = os.path.dirname(os.path.abspath(output))
-    while not os.path.exists(folder):  # `save` creates what is missing
-        folder = os.path.dirname(folder)
+def special_token_pattern(tokenizer):
+    """A regular expression that finds the tokenizer's special tokens in a text."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = "|".join(re.escape(content) for content in special)
+    return re.compile(pattern or "(?!)")  # (?!) matches nothing
+
+
+def render(tokenizer, header, queries, responses):
+    """Render the queries and responses with the chat template.
+
+    Returns:
+        prompts: list of str, each up to and including the assistant header.
+        texts: list of str, the whole conversations, without the trailing `header`.
+
+    Raises:
+        SystemExit: if the template fails, or a conversation does not begin with its prompt.
+    """
+    questions = [[{"role": "user", "content": PROMPT.format(query=query)}] for query in queries]
+    answers = [[{"role": "assistant", "content": response}] for response in responses]
+    whole = [question + answer for question, answer in zip(questions, answers, strict=True)]
+    template = f"--model {tokenizer.name_or_path}: its chat template"
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=os.path.basename(output)):
-            pass
-    except OSError as error:
-        why = error.strerror
-        sys.exit(f"--output {output} cannot be written ({why}); give a path in a writable folder")
+        prompts = tokenizer.apply_chat_template(
+            questions, tokenize=False, add_generation_prompt=True
+        )
+        texts = tokenizer.apply_chat_template(whole, tokenize=False)
+    except Exception as error:  # a template is a program and can fail in any way
+        sys.exit(f"{template} fails ({first_line(error)}); give another model or template")
+    texts = [text.removesuffix(header) for text in texts]
+    for prompt, text in zip(prompts, texts, strict=True):
+        if not text.startswith(prompt):
+            sys.exit(
+                f"{template} does not continue the prompt {prompt[-60:]!r} with the answer "
+                f"but renders {text[-200:]!r}; use one whose conversations begin with the prompt"
+            )
+    return prompts, texts
 
 
+def find_trailing_header(tokenizer):
+    """The assistant header that the template adds after *every* conversation; "" if it does not.
+
+    LLaDA's template ignores `add_generation_prompt` and always ends with the header. An assistant
+    turn rendered alone shows what the header is. A template that refuses such a turn adds none.
+    """
+    probe = "assistant-turn-probe"
+    answer = [{"role": "assistant", "content": probe}]
+    question = [{"role": "user", "content": probe}]
+    try:
+        answer_text = tokenizer.apply_chat_template(answer, tokenize=False)
+        question_text = tokenizer.apply_chat_template(question, tokenize=False)
+    except Exception:  # a template is a program and can fail in any way
+        return ""
+    header = answer_text.partition(probe)[0].removeprefix(tokenizer.bos_token or "")
+    return header if question_text.endswith(header) else ""
+
+
+def encode(tokenizer, prompts, texts, max_len):
+    """Encode each text, once, as a whole. Its prompt is the tokens that start before `prompt` ends.
+
+    Returns:
+        list of `(prompt_len, list of ids)`, with None for texts of more than `max_len` tokens.
+    """
+    # The published script also encodes the prompt alone. That is off by one where a token spans the
+    # boundary, and gives 2 for every row on transformers 5, which trains the prompt.
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    samples = []
+    for prompt, ids, encoding in zip(prompts, encoded["input_ids"], encoded.encodings, strict=True):
+        if len(ids) > max_len:
+            samples.append(None)
+        else:
+            samples.append((count_tokens_before(encoding, len(prompt)), ids))
+    return samples
+
+
+def count_tokens_before(encoding, end):
+    """How many tokens start before character `end`, by bisection: reading all offsets is slow."""
+    tokens = range(len(encoding))
+    return bisect_left(tokens, end, key=lambda token: encoding.token_to_chars(token)[0])
+
+
+def to_tensors(samples):
+    """Turn the samples `(prompt_len, ids)` of a batch into the dicts that are saved.
+
+    Their tensors share one storage, because saving and loading one storage per row is slow.
+    """
+    if not samples:
+        return []
+    arrays = [np.array(ids) for _, ids in samples]
+    joined = torch.from_numpy(np.concatenate(arrays))
+    pieces = joined.split([len(array) for array in arrays])
+    return [
+        {"prompt_len": prompt_len, "full_ids": full_ids}
+        for (prompt_len, _), full_ids in zip(samples, pieces, strict=True)
+    ]
+
+
+# ------- the run
+def main(args):
+    """Run all checks, then preprocess, save and report."""
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is reported once, here
+    check_output(args.output, args.dataset, args.overwrite)
+    with no_incomplete_file(args.output):
+        tokenizer = load_tokenizer(args.model, args.model_revision)
+        rows = load_rows(args.dataset, args.split)
+        try:
+            samples, counts = preprocess(
+                rows, tokenizer, args.max_len, args.max_samples, args.filter_type
+            )
+        except UnicodeDecodeError as error:
+            sys.exit(
+                f"--dataset {args.dataset} is not UTF-8 text ({first_line(error)}); convert it"
+            )
+        outcome = ", ".join(f"{count} {name}" for name, count in counts.items())
+        if not samples:
+            sys.exit(
+                f"no row is kept ({outcome}); check --dataset {args.dataset}, "
+                f"--max_len {args.max_len} and --filter_type {args.filter_type!r}"
+            )
+        save(samples, args.output)
+    print(f"rows: {outcome}")
+    report(samples, tokenizer)
+    print(f"wrote {args.output}")
+
+
+# ------- reading
 def load_tokenizer(model, revision="main"):
     """The model's fast tokenizer with its chat template; raises SystemExit if there is none."""
     try:
@@ -171,182 +306,31 @@ def check_lines(path):
                 sys.exit(f"--dataset {path}: line {number} is {value}, not a row; remove it")
 
 
-def find_trailing_header(tokenizer):
-    """The assistant header that the template adds after *every* conversation; "" if it does not.
+def first_line(error):
+    """The type of an exception and the first line of its message, at most 300 characters."""
+    lines = str(error).strip().splitlines() or ["no details"]
+    return f"{type(error).__name__}: {lines[0]:.300}"
 
-    LLaDA's template ignores `add_generation_prompt` and always ends with the header. An assistant
-    turn rendered alone shows what the header is. A template that refuses such a turn adds none.
-    """
-    probe = "assistant-turn-probe"
-    answer = [{"role": "assistant", "content": probe}]
-    question = [{"role": "user", "content": probe}]
+
+# ------- writing
+def check_output(output, dataset, overwrite):
+    """Raise SystemExit if `output` is the dataset, may not be replaced, or cannot be written."""
+    exists = os.path.exists(output)
+    if not output or (exists and not os.path.isfile(output)):
+        sys.exit(f"--output {output!r} is not a file; give the name of one")
+    if exists and os.path.exists(dataset) and os.path.samefile(output, dataset):
+        sys.exit(f"--output {output} is the --dataset itself; give another name")
+    if exists and not overwrite:
+        sys.exit(f"--output {output} exists; give another name, or --overwrite to replace it")
+    folder = os.path.dirname(os.path.abspath(output))
+    while not os.path.exists(folder):  # `save` creates what is missing
+        folder = os.path.dirname(folder)
     try:
-        answer_text = tokenizer.apply_chat_template(answer, tokenize=False)
-        question_text = tokenizer.apply_chat_template(question, tokenize=False)
-    except Exception:  # a template is a program and can fail in any way
-        return ""
-    header = answer_text.partition(probe)[0].removeprefix(tokenizer.bos_token or "")
-    return header if question_text.endswith(header) else ""
-
-
-def render(tokenizer, header, queries, responses):
-    """Render the queries and responses with the chat template.
-
-    Returns:
-        prompts: list of str, each up to and including the assistant header.
-        texts: list of str, the whole conversations, without the trailing `header`.
-
-    Raises:
-        SystemExit: if the template fails, or a conversation does not begin with its prompt.
-    """
-    questions = [[{"role": "user", "content": PROMPT.format(query=query)}] for query in queries]
-    answers = [[{"role": "assistant", "content": response}] for response in responses]
-    whole = [question + answer for question, answer in zip(questions, answers, strict=True)]
-    template = f"--model {tokenizer.name_or_path}: its chat template"
-    try:
-        prompts = tokenizer.apply_chat_template(
-            questions, tokenize=False, add_generation_prompt=True
-        )
-        texts = tokenizer.apply_chat_template(whole, tokenize=False)
-    except Exception as error:  # a template is a program and can fail in any way
-        sys.exit(f"{template} fails ({first_line(error)}); give another model or template")
-    texts = [text.removesuffix(header) for text in texts]
-    for prompt, text in zip(prompts, texts, strict=True):
-        if not text.startswith(prompt):
-            sys.exit(
-                f"{template} does not continue the prompt {prompt[-60:]!r} with the answer "
-                f"but renders {text[-200:]!r}; use one whose conversations begin with the prompt"
-            )
-    return prompts, texts
-
-
-def encode(tokenizer, prompts, texts, max_len):
-    """Encode each text, once, as a whole. Its prompt is the tokens that start before `prompt` ends.
-
-    Returns:
-        list of `(prompt_len, list of ids)`, with None for texts of more than `max_len` tokens.
-    """
-    # Differs from the published script (P6): there the prompt was also encoded alone. That is off
-    # by one where a token spans the boundary, and gives 2 for every row on transformers 5.
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    samples = []
-    for prompt, ids, encoding in zip(prompts, encoded["input_ids"], encoded.encodings, strict=True):
-        if len(ids) > max_len:
-            samples.append(None)
-        else:
-            samples.append((count_tokens_before(encoding, len(prompt)), ids))
-    return samples
-
-
-def count_tokens_before(encoding, end):
-    """How many tokens start before character `end`, by bisection: reading all offsets is slow."""
-    tokens = range(len(encoding))
-    return bisect_left(tokens, end, key=lambda token: encoding.token_to_chars(token)[0])
-
-
-def special_token_pattern(tokenizer):
-    """A regular expression that finds the tokenizer's special tokens in a text."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pattern = "|".join(re.escape(content) for content in special)
-    return re.compile(pattern or "(?!)")  # (?!) matches nothing
-
-
-def judge(row_type, query, response, filter_type, special):
-    """The outcome of a row before it is encoded: "filtered by type", "malformed" or "kept".
-
-    A row is malformed if its query or response is missing, or spells a special token, such as
-    `<|mdm_mask|>`, which would be encoded as the token itself.
-    """
-    if filter_type and isinstance(row_type, str) and filter_type in row_type:
-        return "filtered by type"
-    for text in (query, response):
-        if not isinstance(text, str) or not text.strip() or special.search(text):
-            return "malformed"
-    return "kept"
-
-
-def process_batch(batch, tokenizer, max_len, filter_type):
-    """Render, encode and judge a batch of rows, a dict of columns.
-
-    Returns:
-        outcomes: list of str, one per row.
-        samples: list of `(prompt_len, list of ids)`, one per row; None for rows that are not kept.
-    """
-    queries = batch["query"]
-    responses = batch["response"]
-    row_types = batch.get("type", [None] * len(queries))
-    special = special_token_pattern(tokenizer)
-    outcomes = []
-    for row_type, query, response in zip(row_types, queries, responses, strict=True):
-        outcomes.append(judge(row_type, query, response, filter_type, special))
-    samples = [None] * len(outcomes)
-    chosen = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
-    if not chosen:
-        return outcomes, samples
-    header = find_trailing_header(tokenizer)
-    chosen_queries = [queries[i] for i in chosen]
-    chosen_responses = [responses[i] for i in chosen]
-    prompts, texts = render(tokenizer, header, chosen_queries, chosen_responses)
-    for i, sample in zip(chosen, encode(tokenizer, prompts, texts, max_len), strict=True):
-        if sample is None:
-            outcomes[i] = "too long"
-        elif 0 < sample[0] < len(sample[1]):
-            samples[i] = sample
-        else:  # the template drops the query or the response
-            outcomes[i] = "malformed"
-    return outcomes, samples
-
-
-def to_tensors(samples):
-    """Turn the samples `(prompt_len, ids)` of a batch into the dicts that are saved.
-
-    Their tensors share one storage, because saving and loading one storage per row is slow.
-    """
-    if not samples:
-        return []
-    arrays = [np.array(ids) for _, ids in samples]
-    joined = torch.from_numpy(np.concatenate(arrays))
-    pieces = joined.split([len(array) for array in arrays])
-    return [
-        {"prompt_len": prompt_len, "full_ids": full_ids}
-        for (prompt_len, _), full_ids in zip(samples, pieces, strict=True)
-    ]
-
-
-def preprocess(rows, tokenizer, max_len, max_samples, filter_type):
-    """Render, encode and filter rows, in order, until `max_samples` are kept (0: all).
-
-    Args:
-        rows: `datasets.Dataset` with columns `query`, `response` and, optionally, `type`.
-
-    Returns:
-        samples: list of `{"prompt_len": int, "full_ids": LongTensor of at most max_len ids}`.
-        counts: Counter of rows read, filtered by type, malformed, too long, kept.
-
-    Raises:
-        SystemExit: if the chat template fails.
-        UnicodeDecodeError: if a text is not UTF-8.
-    """
-    columns = [name for name in ("type", "query", "response") if name in rows.column_names]
-    rows = rows.select_columns(columns)
-    limit = max_samples or len(rows)
-    samples = []
-    counts = Counter({"read": 0, "filtered by type": 0, "malformed": 0, "too long": 0, "kept": 0})
-    with tqdm(total=len(rows), unit=" rows", desc="preprocess") as bar:
-        for start in range(0, len(rows), BATCH_ROWS):
-            batch = rows[start : start + BATCH_ROWS]
-            outcomes, encoded = process_batch(batch, tokenizer, max_len, filter_type)
-            kept = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
-            kept = kept[: limit - len(samples)]
-            samples += to_tensors([encoded[i] for i in kept])
-            done = len(samples) == limit
-            if done:  # rows after the last sample count as not read
-                outcomes = outcomes[: kept[-1] + 1]
-            counts.update(outcomes, read=len(outcomes))
-            bar.update(len(outcomes))
-            if done:
-                break
-    return samples, counts
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=os.path.basename(output)):
+            pass
+    except OSError as error:
+        why = error.strerror
+        sys.exit(f"--output {output} cannot be written ({why}); give a path in a writable folder")
 
 
 def save(samples, output):
@@ -369,6 +353,32 @@ def save(samples, output):
             os.remove(temporary)
 
 
+def temporary_name(output):
+    return f"{output}.tmp-{os.getpid()}"
+
+
+@contextmanager
+def no_incomplete_file(output):
+    """Ctrl-C and `kill` print one message and leave no temporary file.
+
+    The process ends in the handler, because libraries catch some of the exceptions raised in them.
+    """
+
+    def stop(signal_number, frame):
+        if os.path.exists(temporary_name(output)):
+            os.remove(temporary_name(output))
+        name = signal.Signals(signal_number).name
+        os.write(2, f"\nstopped by {name}; no incomplete file is left\n".encode())
+        os._exit(128 + signal_number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def report(samples, tokenizer):
     """Print the lengths, and the first sample's prompt and answer."""
     lengths = [len(sample["full_ids"]) for sample in samples]
@@ -382,29 +392,31 @@ def report(samples, tokenizer):
     print("---")
 
 
-def main(args):
-    """Run all checks, then preprocess, save and report."""
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is reported once, here
-    check_output(args.output, args.dataset, args.overwrite)
-    tokenizer = load_tokenizer(args.model, args.model_revision)
-    rows = load_rows(args.dataset, args.split)
-    try:
-        samples, counts = preprocess(
-            rows, tokenizer, args.max_len, args.max_samples, args.filter_type
-        )
-    except UnicodeDecodeError as error:
-        sys.exit(f"--dataset {args.dataset} is not UTF-8 text ({first_line(error)}); convert it")
-    outcome = ", ".join(f"{count} {name}" for name, count in counts.items())
-    if not samples:
-        sys.exit(
-            f"no row is kept ({outcome}); check --dataset {args.dataset}, "
-            f"--max_len {args.max_len} and --filter_type {args.filter_type!r}"
-        )
-    save(samples, args.output)
-    print(f"rows: {outcome}")
-    report(samples, tokenizer)
-    print(f"wrote {args.output}")
+# ------- flags
+def parse_args(argv=None):
+    """The flags. A wrong one ends the process with status 2 and a message."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--output", default="MathQA_256.pt", help="file to write (%(default)s)")
+    add("--overwrite", action="store_true", help="replace --output if it exists")
+    add("--model", default="GSAI-ML/LLaDA-8B-Instruct", help="hub id or folder (%(default)s)")
+    add("--model_revision", default="main", help="branch, tag or commit on the hub (%(default)s)")
+    add("--dataset", default="meta-math/MetaMathQA", help="hub id, folder or file (%(default)s)")
+    add("--split", default="train", help="split of the dataset (%(default)s)")
+    add("--max_len", type=int, default=256, help="skip rows with more tokens (%(default)s)")
+    add("--max_samples", type=int, default=20000, help="rows to keep, 0 = all (%(default)s)")
+    add("--filter_type", default="GSM", help='skip types with this in it, "" = none (%(default)s)')
+    args = parser.parse_args(argv)
+    if args.max_len < 2:
+        parser.error(f"--max_len {args.max_len}: give 2 or more, for a prompt and an answer")
+    if args.max_samples < 0:
+        parser.error(f"--max_samples {args.max_samples}: give a number of rows, or 0 for all")
+    return args
 
 
 if __name__ == "__main__":
-    main(ARGS)
+    main(parse_args())

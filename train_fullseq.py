@@ -8,7 +8,7 @@ This is the baseline of Blockwise SFT. Each training example is one whole answer
 
 The loss is the cross-entropy of the masked tokens (Nie et al., "Large Language Diffusion Models",
 arXiv 2502.09992), averaged as in Blockwise SFT (Sun, Cai, Yang and Wang, arXiv 2508.19529).
-`diff` with train_blockwise.py shows the method.
+`diff` with train_blockwise.py shows the method; experiments/docs/running.md tells how to run it.
 
 Shapes: B rows, L = MAX_LEN tokens, V vocabulary, D width, M supervised tokens, N draws.
 """
@@ -20,16 +20,33 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from glob import glob
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from torch.nn.functional import cross_entropy, pad
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
 # ------- constants: edit them, or give any for one run as --NAME VALUE (a list as a,b)
+# Functions read args.NAME: a flag changes args, not the constant.
 # Model and data
 MODEL_NAME = "GSAI-ML/LLaDA-8B-Instruct"  # hub id or folder; its own code is run
 MODEL_REVISION = "main"  # branch, tag or commit
@@ -37,126 +54,44 @@ MASK_ID = 126336  # LLaDA's <|mdm_mask|>
 DATA_PT = "MathQA_256.pt"  # written by pt.py
 MAX_SAMPLES = 300 * 32  # rows of DATA_PT, from its beginning
 MAX_LEN = 256  # tokens; shorter rows are padded, longer ones truncated
-SEED = 42
+SEED = 42  # of the order, blocks, masks, adapter and dropout
 
 # Method
 MASK_PROB_EPS = 1e-3  # smallest t
 MASK_PADDING = False  # True shows [MASK] instead of padding, as decoding does
 
 # Training
-EPOCHS = 1
+EPOCHS = 1  # multiplies the steps
 MICRO_BSIZE = 32  # rows per GPU and forward pass
 GRAD_ACC = 1  # forward passes per optimizer step
 TOTAL_TRAIN_STEPS = None  # None: MAX_SAMPLES * EPOCHS // (MICRO_BSIZE * GRAD_ACC)
-LR = 1e-5  # peak
+LR = 1e-5  # peak; AdamW, then a cosine to 1 % of it
 WARMUP_RATIO = 0.1  # share of the steps
 GRAD_CLIP = 1.0  # gradient norm; 0: off
-LORA_RANK = 256
+LORA_RANK = 256  # of the adapter
 LORA_ALPHA = None  # None: 2 * LORA_RANK
-LORA_DROPOUT = 0.05
-TARGET_MODS = ["q_proj", "k_proj", "v_proj", "up_proj"]  # those that LLaDA has (T12)
-COMPILE = False  # torch.compile the transformer layers
+LORA_DROPOUT = 0.05  # share of the adapter's inputs
+TARGET_MODS = ["q_proj", "k_proj", "v_proj", "up_proj"]  # linear layers, by the ends of names
+COMPILE = False  # torch.compile the transformer layers: faster, less memory; 20 s at the start
 ACTIVATION_CHECKPOINTING = False  # less memory, about a third more time
 
 # Output
 CKPT_DIR = "ckpts_fullseq_sft"  # prefix of the folders that a run writes
-SAVE_EVERY = None  # steps between checkpoints; the last step is always saved
-SAVE_ADAPTER = False  # True: write the adapter too
-STATE_EVERY = 50  # steps between states to resume from
+SAVE_EVERY = None  # steps between checkpoints; None: only after the last step
+SAVE_ADAPTER = False  # True: also write the adapter, for peft, into the checkpoint's `adapter`
+STATE_EVERY = 50  # steps between states to resume from; None: no states
 
-CONSTANTS = [name for name in globals() if name.isupper()]
-ABLATION = []  # recorded by themselves
-LIMITS = [  # names, allowed types, lowest and highest value
-    ("MODEL_NAME MODEL_REVISION DATA_PT CKPT_DIR", [str], None, None),
-    ("TARGET_MODS", [list], None, None),
-    ("SEED MASK_ID", [int], 0, 2**32 - 1),
-    ("MAX_SAMPLES MAX_LEN EPOCHS MICRO_BSIZE GRAD_ACC LORA_RANK", [int], 1, 10**6),
-    ("TOTAL_TRAIN_STEPS SAVE_EVERY STATE_EVERY", [int, type(None)], 1, 10**6),
-    ("LR WARMUP_RATIO LORA_DROPOUT MASK_PROB_EPS", [int, float], 0, 1),
-    ("GRAD_CLIP", [int, float], 0, 10**6),
-    ("LORA_ALPHA", [int, float, type(None)], 0, 10**6),
-    ("MASK_PADDING COMPILE ACTIVATION_CHECKPOINTING SAVE_ADAPTER", [bool], False, True),
-]
+CONSTANTS = {name: value for name, value in globals().items() if name.isupper()}
+ABLATION = []  # also written to ablation_config.json
 
 
-def read_overrides(argv):
-    """Set the constants given as --NAME VALUE; returns a message for every unknown flag."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the launcher
-    for name in CONSTANTS:
-        default = str(globals()[name]).replace("%", "%%")
-        parser.add_argument(f"--{name}", nargs="?", const="", help=f"now {default}")
-    given, unknown = parser.parse_known_args(argv)
-    for name in [name for name in CONSTANTS if getattr(given, name) is not None]:
-        value = getattr(given, name)
-        kind = type(globals()[name])
-        if kind is list:
-            value = value.split(",")
-        if kind not in (list, str):
-            with suppress(ValueError, SyntaxError):  # check_constants refuses what stays text
-                value = ast.literal_eval(value)
-        globals()[name] = value
-    flags = [word for word in unknown if word.startswith("--")]  # without their values
-    return [f"{flag}: no constant of this script; see --help" for flag in flags or unknown]
+# ------- method
+def schedule(args, examples, max_draws):
+    """What each draw trains, in order: (sample, 0), as a whole answer begins at 0; (max_draws, 2).
 
-
-def check_constants():
-    """A message for every constant that is out of range, whether edited or given as a flag."""
-    problems = []
-    for names, types, lowest, highest in LIMITS:
-        allowed = " or ".join(kind.__name__ for kind in types).replace("NoneType", "None")
-        limits = "not empty" if lowest is None else f"{lowest} to {highest}"
-        for name in names.split():
-            value = globals()[name]
-            fits = type(value) in types and value not in ("", [])
-            if fits and lowest is not None and value is not None:
-                fits = lowest <= value <= highest
-            if not fits:
-                problems.append(f"{name} = {value!r}: must be {allowed}, {limits}")
-    if set(str(CKPT_DIR)) & set("*?["):
-        problems.append(f"{CKPT_DIR = }: must not contain * ? or [")
-    return problems
-
-
-if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
-    PROBLEMS = read_overrides(sys.argv[1:]) + check_constants()
-    if PROBLEMS and os.environ.get("LOCAL_RANK", "0") == "0":  # the launcher ends the other ranks
-        sys.exit("\n".join(PROBLEMS))
-
-import deepspeed
-import numpy as np
-import torch
-import torch.distributed as dist
-from accelerate import init_empty_weights
-from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
-from torch.nn.functional import cross_entropy, pad
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
-
-
-# ------- data: what is drawn when is a function of the constants alone
-def load_examples():
-    """The first MAX_SAMPLES rows of DATA_PT as [(prompt_len, ids)], ids cut to MAX_LEN."""
-    examples = []
-    for number, row in enumerate(torch.load(DATA_PT, weights_only=True)[:MAX_SAMPLES]):
-        prompt_len, ids = row["prompt_len"], row["full_ids"]
-        if not torch.is_tensor(ids) or ids.dtype != torch.long or ids.dim() != 1 or ids.lt(0).any():
-            raise ValueError(f"row {number} has full_ids {ids!r:.60}, not a LongTensor of ids")
-        if type(prompt_len) is not int or not 0 < prompt_len <= len(ids):
-            raise ValueError(f"row {number} has prompt_len {prompt_len!r} of {len(ids)} ids")
-        examples.append((prompt_len, ids[:MAX_LEN]))
-    return examples
-
-
-def schedule(examples, max_draws):
-    """The draws of the whole run in order, (sample, 0) each; (max_draws, 2).
-
-    Each pass draws every sample that has an answer once. Its only block, 0, is the whole answer.
+    Each pass draws every sample that has an answer once.
     """
-    rng = np.random.default_rng((SEED, 0, 1))  # not the stream of any draw
+    rng = np.random.default_rng((args.SEED, 0, 1))  # not the stream of any draw
     answered = [n for n, (prompt_len, ids) in enumerate(examples) if prompt_len < len(ids)]
     samples = rng.permutation(answered)
     while 0 < len(samples) < max_draws:
@@ -165,75 +100,290 @@ def schedule(examples, max_draws):
     return np.stack([samples, np.zeros_like(samples)], axis=1)
 
 
-def plan(examples, world_size):
-    """The draws of the run (N, 2), and their numbers (steps, GRAD_ACC, world_size, MICRO_BSIZE).
-
-    Differs from the published script (T1, T3): every rank takes every step, on any number of GPUs.
-    """
-    global_batch = MICRO_BSIZE * GRAD_ACC * world_size
-    max_steps = TOTAL_TRAIN_STEPS or MAX_SAMPLES * EPOCHS // (MICRO_BSIZE * GRAD_ACC)
-    draws = schedule(examples, max_steps * global_batch)
-    steps = len(draws) // global_batch  # fewer than max_steps if the blocks run out
-    shape = (steps, GRAD_ACC, world_size, MICRO_BSIZE)
-    return draws, np.arange(math.prod(shape)).reshape(shape)
-
-
-def make_batch(examples, draws, numbers, pad_id):
-    """input_ids, noisy_ids and loss_mask, (B, L) each, of the draws with these numbers.
-
-    The noise of a draw depends on SEED and its number alone, whatever rank it falls to (T4).
-    """
-    rows = [examples[sample] for sample in draws[numbers, 0]]
-    padded = [pad(ids, (0, MAX_LEN - len(ids)), value=pad_id) for _, ids in rows]
-    input_ids = torch.stack(padded)  # (B, L)
-    prompt_len = torch.tensor([[prompt_len] for prompt_len, _ in rows])  # (B, 1)
-    length = torch.tensor([[len(ids)] for _, ids in rows])  # (B, 1)
-    block = torch.from_numpy(draws[numbers, 1:])  # (B, 1)
-    noise = [np.random.default_rng((SEED, n)).random(1 + MAX_LEN, np.float32) for n in numbers]
-    noise = torch.from_numpy(np.stack(noise))  # (B, 1 + L)
-    return input_ids, *corrupt(input_ids, prompt_len, length, block, noise)
-
-
-# ------- corruption and loss
-def corrupt(input_ids, prompt_len, length, block, noise):
+def corrupt(args, input_ids, prompt_len, length, offset, noise):
     """Mask a batch as classical SFT does: every token of the answer at rate t.
 
-    input_ids (B, L); prompt_len, length and block (B, 1), whose block is always 0; noise
+    input_ids (B, L); prompt_len, length and offset (B, 1), whose offset is always 0; noise
     (B, 1 + L) ~ U(0, 1), its first column gives t. Returns noisy_ids (B, L), and loss_mask (B, L),
     True where a token is masked and in the loss.
     """
     pos = torch.arange(input_ids.shape[1])  # (L,)
-    t = MASK_PROB_EPS + (1 - MASK_PROB_EPS) * noise[:, :1]  # (B, 1)
+    t = args.MASK_PROB_EPS + (1 - args.MASK_PROB_EPS) * noise[:, :1]  # (B, 1)
     answer = (prompt_len <= pos) & (pos < length)  # (B, L)
-    p_mask = t * answer + MASK_PADDING * (length <= pos)
+    p_mask = t * answer + args.MASK_PADDING * (length <= pos)
     masked = noise[:, 1:] < p_mask  # True = shown as [MASK]
-    return input_ids.masked_fill(masked, MASK_ID), masked & answer
+    return input_ids.masked_fill(masked, args.MASK_ID), masked & answer
 
 
-def supervised_loss(model, input_ids, noisy_ids, loss_mask):
-    """Mean over rows of the mean cross-entropy of a row's masked tokens; 0 without any (T8)."""
-    row, pos = loss_mask.nonzero(as_tuple=True)  # (M,) each, on the host
-    labels = input_ids[row, pos]  # (M,)
-    count = loss_mask.sum(1)[row]  # (M,) masked tokens in the same row
-    head = model.get_output_embeddings()
-    tensors = [tensor.to(head.weight.device) for tensor in (row, pos, labels, count, noisy_ids)]
-    row, pos, labels, count, noisy_ids = tensors
+def supervised_loss(args, model, input_ids, noisy_ids, loss_mask):
+    """Mean over rows of the mean cross-entropy of a row's masked tokens; 0 for a row without any.
 
-    def select(_, inputs):
-        hidden = inputs[0]  # (B, L, D), or ids if the head is the embedding itself
-        return (hidden[row, pos],) if hidden.is_floating_point() else None  # (M, D)
+    There is no weight 1/t: with t ~ U(0, 1) this mean over the masked ones of n tokens is the
+    1/t-weighted bound divided by n + 1.
+    """
+    nll = masked_nll(model, input_ids, noisy_ids, loss_mask)  # (M,)
+    return mean_over_rows(nll, loss_mask)
 
-    with head.register_forward_pre_hook(select):
-        logits = model(input_ids=noisy_ids).logits  # (M, V), not (B, L, V)
-    if logits.dim() == 3:  # a head tied to the embedding bypasses the hook
-        logits = logits[row, pos]
-    nll = []
-    for piece, target in zip(logits.split(32), labels.split(32), strict=True):  # faster on a CPU
-        nll.append(cross_entropy(piece.float(), target, reduction="none"))
-    return (torch.cat(nll) / count).sum() / len(input_ids)  # (M,) -> ()
+
+def mean_over_rows(values, loss_mask):
+    """Mean over rows of the mean of a row's values (M,), 0 for a row without any; ()."""
+    count = loss_mask.sum(1)  # (B,)
+    count = count.repeat_interleave(count).to(values.device)  # (M,) masked tokens in the same row
+    return (values / count).sum() / len(loss_mask)
+
+
+# ------- run: what is drawn when is a function of the constants alone
+def plan(args, method, examples, world_size):
+    """The draws of the run, (steps, GRAD_ACC, world_size, MICRO_BSIZE), and how many are left out.
+
+    A draw is a record of id (0, 1, 2, ...), sample and offset. All ranks take all steps, on any
+    number of GPUs. The published script takes an eighth of the steps on 8 GPUs, and hangs on uneven
+    data.
+    """
+    shape = args.GRAD_ACC, world_size, args.MICRO_BSIZE
+    global_batch = math.prod(shape)
+    rows = args.MAX_SAMPLES * args.EPOCHS
+    max_steps = args.TOTAL_TRAIN_STEPS or rows // (args.MICRO_BSIZE * args.GRAD_ACC)
+    scheduled = method.schedule(args, examples, max_steps * global_batch).reshape(-1, 2)
+    draws = np.zeros(len(scheduled), [("id", int), ("sample", int), ("offset", int)])
+    draws["id"] = np.arange(len(draws))
+    draws["sample"], draws["offset"] = scheduled.T
+    steps = len(draws) // global_batch  # fewer than max_steps if the blocks run out
+    kept = draws[: steps * global_batch]
+    return kept.reshape(steps, *shape), len(draws) - len(kept)
+
+
+def make_batch(args, examples, draws, pad_id):
+    """input_ids, noisy_ids and loss_mask, (B, L) each, of B draws."""
+    rows = pad_rows(args, examples, draws, pad_id)
+    return rows[0], *corrupt(args, *rows, draw_noise(args, draws, 1 + args.MAX_LEN))
+
+
+def pad_rows(args, examples, draws, pad_id):
+    """input_ids (B, L) of B draws, and their prompt_len, length and offset, (B, 1) each."""
+    rows = [examples[sample] for sample in draws["sample"]]
+    padded = [pad(ids, (0, args.MAX_LEN - len(ids)), value=pad_id) for _, ids in rows]
+    prompt_len = torch.tensor([[prompt_len] for prompt_len, _ in rows])
+    length = torch.tensor([[len(ids)] for _, ids in rows])
+    offset = torch.from_numpy(draws["offset"][:, None])
+    return torch.stack(padded), prompt_len, length, offset
+
+
+def draw_noise(args, draws, columns):
+    """Numbers ~ U(0, 1) for B draws, (B, columns), functions of SEED and a draw's id alone."""
+    noise = [np.random.default_rng((args.SEED, n)).random(columns, np.float32) for n in draws["id"]]
+    return torch.from_numpy(np.stack(noise))
+
+
+def train_step(args, run, step, micro_batch_loss):
+    """One optimizer step; returns the loss, averaged over micro-batches and ranks.
+
+    Ends the run if loss or gradient are not finite. Notes the learning rate in run.lr.
+    """
+    run.lr = run.engine.get_lr()[0]
+    loss_sum = torch.zeros((), device=run.engine.device)
+    own_draws = run.draws[step - 1, :, dist.get_rank()]  # (GRAD_ACC, MICRO_BSIZE)
+    for draws in own_draws:
+        stream = np.random.default_rng((args.SEED, draws["id"][0], 2))  # not that of a draw's noise
+        torch.manual_seed(int(stream.integers(2**63)))  # dropout
+        loss = micro_batch_loss(draws)
+        run.engine.backward(loss)
+        run.engine.step()  # updates the weights after the last micro-batch
+        loss_sum += loss.detach()
+    dist.all_reduce(loss_sum)
+    loss = loss_sum.item() / (args.GRAD_ACC * dist.get_world_size())
+    if not math.isfinite(loss) or not run.engine.was_step_applied():
+        rows = own_draws["sample"].flatten().tolist()
+        what = f"step {step}: loss {loss} or gradient not finite on rows {rows} of {args.DATA_PT}"
+        sys.exit(f"{what}; leave them out or lower LR, in a new run")
+    return loss
+
+
+def main(args, method):
+    """Train `method`: the functions at the end of this file, or those of another script."""
+    run = start(args, method)  # or resume it
+
+    def micro_batch_loss(draws):
+        batch = method.make_batch(args, run.examples, draws, run.pad_id)
+        return method.supervised_loss(args, run.engine, *batch)
+
+    for step in progress(run, unit=" tokens", unit_scale=run.draws[0].size * args.MAX_LEN):
+        loss = train_step(args, run, step, micro_batch_loss)
+        end_step(args, run, step, loss, args.STATE_EVERY)
+    finish(args, run)
+
+
+# ------- the frame of a run, which is the same for every method
+class Method(NamedTuple):
+    """The functions in which methods differ. A script with another method gives its own."""
+
+    schedule: Callable  # (args, examples, max_draws) -> (N, 2)
+    make_batch: Callable  # (args, examples, draws, pad_id) -> tensors, the last one loss_mask
+    supervised_loss: Callable  # (args, model, *tensors) -> ()
+    build_model: Callable  # (args, device) -> model
+    check_model: Callable  # (args, model without weights, tokenizer) -> messages
+    budget: Callable  # (args, method, examples, draws, left_out) -> {name: number}
+
+
+@dataclass
+class Run:
+    """A run, from `start` to `finish`."""
+
+    examples: list  # of (prompt_len, ids)
+    draws: np.ndarray  # (steps, GRAD_ACC, world_size, MICRO_BSIZE), see `plan`
+    suffix: str  # of the run's folders: "", "-v2", ...
+    logs: Path
+    tokenizer: object
+    pad_id: int
+    model: torch.nn.Module
+    engine: object  # DeepSpeed's, around the model
+    done: int  # steps, restored from the saved state
+    log: TextIO | None = None  # train_loss.csv, on rank 0
+    bar: tqdm | None = None
+    lr: float = 0.0  # of the step
+
+    @property
+    def state(self):
+        """The folder that exists, locked, while the run is unfinished."""
+        return self.logs / "state"
+
+
+def start(args, method):
+    """Check everything, join the other ranks, plan the run, and build or restore its model."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the others wait in init_distributed
+        problems = preflight(args, method, world_size)
+        if problems:
+            sys.exit("\n".join(problems))
+    init_distributed()
+
+    # Plan the run, and find its folders
+    examples = load_examples(args)
+    draws, left_out = plan(args, method, examples, world_size)
+    suffix = [None]
+    if dist.get_rank() == 0:
+        record = describe_run(args, method, examples, draws, left_out)
+        suffix = [claim_run(args, record)]
+        for name, value in record["budget"].items():
+            print(f"{name:22} {value:,}")
+    dist.broadcast_object_list(suffix)
+    logs = Path(f"{args.CKPT_DIR}_logs{suffix[0]}")
+
+    # Build the model, and restore the saved state if there is one
+    tokenizer = load_pretrained(args, AutoTokenizer, fix_mistral_regex=False)
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model = method.build_model(args, deepspeed.get_accelerator().current_device_name())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config = ds_config(args, len(draws))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
+    done = load_state(engine, logs / "state")
+    run = Run(examples, draws, suffix[0], logs, tokenizer, pad_id, model, engine, done)
+    if dist.get_rank() == 0:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        count = sum(parameter.numel() for parameter in trained)
+        print(f"trained weights: {count:,} of {total:,} ({count / total:.1%})")
+        print(f"{logs}: resumes after step {done}" if done else f"{logs}: new run")
+        run.log = open_log(logs / "train_loss.csv", done)
+    return run
+
+
+def progress(run, **unit):
+    """The steps that are left, with a bar on rank 0."""
+    steps = len(run.draws)
+    left = range(run.done + 1, steps + 1)
+    run.bar = tqdm(left, initial=run.done, total=steps, disable=dist.get_rank() != 0, **unit)
+    return run.bar
+
+
+def end_step(args, run, step, loss, state_every):
+    """Log a step, and save a checkpoint or a state where one is due; None: no states."""
+    steps = len(run.draws)
+    if dist.get_rank() == 0:
+        run.log.write(f"{step},{loss:.6f}\n")
+        run.bar.set_postfix(step=f"{step}/{steps}", loss=f"{loss:.3f}", lr=f"{run.lr:.1e}")
+    if step == steps or (args.SAVE_EVERY and step % args.SAVE_EVERY == 0):
+        save_checkpoint(args, run, checkpoint_path(args, run, step))
+    if state_every and step % state_every == 0 and step < steps:
+        save_state(run.engine, run.state, step)
+
+
+def finish(args, run):
+    """Remove the state: the run is done."""
+    if dist.get_rank() == 0:
+        os.rename(run.state, run.logs / "finished")  # in one go
+        shutil.rmtree(run.logs / "finished")
+        print(f"wrote {checkpoint_path(args, run, len(run.draws))} and {run.logs}")
+    dist.destroy_process_group()
+
+
+def load_examples(args):
+    """The first MAX_SAMPLES rows of DATA_PT as [(prompt_len, ids)], ids cut to MAX_LEN."""
+    examples = []
+    rows = torch.load(args.DATA_PT, weights_only=True)[: args.MAX_SAMPLES]
+    for number, row in enumerate(rows):
+        prompt_len, ids = row["prompt_len"], row["full_ids"]
+        if not torch.is_tensor(ids) or ids.dtype != torch.long or ids.dim() != 1 or ids.lt(0).any():
+            raise ValueError(f"row {number} has full_ids {ids!r:.60}, not a LongTensor of ids")
+        if type(prompt_len) is not int or not 0 < prompt_len <= len(ids):
+            raise ValueError(f"row {number} has prompt_len {prompt_len!r} of {len(ids)} ids")
+        examples.append((prompt_len, ids[: args.MAX_LEN]))
+    return examples
+
+
+def init_distributed():
+    """Join the other ranks, or be the only one if no launcher has set the environment."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    warnings.simplefilter("ignore", FutureWarning)  # of torch, about DeepSpeed's calls
+    deepspeed.utils.logger.setLevel("ERROR")
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # gloo will do
+    deepspeed.init_distributed(timeout=12 * deepspeed.constants.default_pg_timeout)  # 2 hours
+    deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    if "OMP_NUM_THREADS" not in os.environ:  # the ranks of this machine share its cores
+        local_ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_ranks)))
+    if dist.get_rank() > 0:
+        logging.disable_progress_bar()
+
+
+@contextmanager
+def faults_in_one_line(remedy="COMPILE, or halve MICRO_BSIZE and double GRAD_ACC"):
+    """End with one line where memory or the disk fails; `remedy` is for too little memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        new_run = "in a new run, with another CKPT_DIR"
+        sys.exit(f"out of memory; set ACTIVATION_CHECKPOINTING, {remedy}, {new_run}")
+    except (KeyboardInterrupt, OSError, SafetensorError) as error:
+        sys.exit(f"stopped: {type(error).__name__} {error}; repeat the command to resume")
 
 
 # ------- model
+def masked_nll(model, input_ids, noisy_ids, loss_mask):
+    """Cross-entropy of the tokens at which loss_mask (B, L) is True, in their order; (M,)."""
+    row, pos = loss_mask.nonzero(as_tuple=True)  # (M,) each, on the host
+    device = model.get_output_embeddings().weight.device
+    labels = input_ids[row, pos].to(device)  # (M,)
+    logits = logits_at(model, row.to(device), pos.to(device), input_ids=noisy_ids.to(device))
+    nll = []
+    for piece, target in zip(logits.split(32), labels.split(32), strict=True):  # faster on a CPU
+        nll.append(cross_entropy(piece.float(), target, reduction="none"))
+    return torch.cat(nll)
+
+
+def logits_at(model, row, pos, **inputs):
+    """The logits at the positions (row, pos), (M,) each; (M, V). The head runs at these alone."""
+
+    def select(_, head_inputs):
+        hidden = head_inputs[0]  # (B, L, D), or ids if the head is the embedding itself
+        return (hidden[row, pos],) if hidden.is_floating_point() else None  # (M, D)
+
+    with model.get_output_embeddings().register_forward_pre_hook(select):
+        logits = model(**inputs).logits  # (M, V), not (B, L, V)
+    return logits if logits.dim() == 2 else logits[row, pos]  # a tied head may bypass the hook
+
+
 def compute_dtype():
     """bfloat16, or float32 on a CPU without bf16 arithmetic."""
     on_cpu = deepspeed.get_accelerator().device_name() == "cpu"
@@ -241,50 +391,67 @@ def compute_dtype():
     return torch.float32 if on_cpu and not has_bf16 else torch.bfloat16
 
 
-def load_pretrained(auto_class, **options):
-    options |= {"revision": MODEL_REVISION, "trust_remote_code": True}
-    return auto_class.from_pretrained(MODEL_NAME, **options)
+def load_pretrained(args, auto_class, **options):
+    options |= {"revision": args.MODEL_REVISION, "trust_remote_code": True}
+    return auto_class.from_pretrained(args.MODEL_NAME, **options)
 
 
-def lora_targets(model):
-    """The linear layers whose names end in one of TARGET_MODS, never the LM head (T12)."""
+def build_model(args, device):
+    """The base model with the same new adapter on every rank."""
+    return add_adapter(args, prepare_layers(args, load_model(args, device)))
+
+
+def load_model(args, device):
+    """The base model, loaded straight to `device`."""
+    options = {"dtype": compute_dtype(), "device_map": {"": device}, "output_loading_info": True}
+    model, info = load_pretrained(args, AutoModelForCausalLM, **options)
+    if missing := sorted(info["missing_keys"]):  # transformers would only warn
+        what = f"{len(missing)} weights are missing, such as {missing[0]}"
+        sys.exit(f"MODEL_NAME = {args.MODEL_NAME!r}: {what}")
+    return model
+
+
+def prepare_layers(args, model):
+    """`model`, its transformer layers compiled or checkpointed as the constants say."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    for layer in lists[0] if lists else []:
+        if args.ACTIVATION_CHECKPOINTING:  # LLaDA's code has no gradient_checkpointing_enable
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if args.COMPILE:
+            layer.compile()
+    return model
+
+
+def add_adapter(args, model):
+    """`model` with a new LoRA adapter, which is the same on every rank."""
+    torch.manual_seed(args.SEED)
+    lora = LoraConfig(r=args.LORA_RANK, lora_dropout=args.LORA_DROPOUT)
+    lora.revision = args.MODEL_REVISION
+    lora.lora_alpha = 2 * args.LORA_RANK if args.LORA_ALPHA is None else args.LORA_ALPHA
+    lora.target_modules = lora_targets(args, model)
+    return get_peft_model(model, lora).train()
+
+
+def lora_targets(args, model):
+    """The linear layers whose names end in one of TARGET_MODS, never the LM head."""
     head = model.get_output_embeddings()
-    endings = tuple(f".{target}" for target in TARGET_MODS)
+    endings = tuple(f".{target}" for target in args.TARGET_MODS)
     linear = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head]
     return [name for name in linear if f".{name}".endswith(endings)]
 
 
-def build_model(device):
-    """The base model, loaded straight to `device`, with the same new adapter on every rank."""
-    options = {"dtype": compute_dtype(), "device_map": {"": device}, "output_loading_info": True}
-    model, info = load_pretrained(AutoModelForCausalLM, **options)
-    if missing := sorted(info["missing_keys"]):  # transformers would only warn
-        sys.exit(f"{MODEL_NAME = }: {len(missing)} weights are missing, such as {missing[0]}")
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    for layer in lists[0] if lists else []:
-        if ACTIVATION_CHECKPOINTING:  # LLaDA's code has no gradient_checkpointing_enable
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        if COMPILE:
-            layer.compile()
-    torch.manual_seed(SEED)
-    lora = LoraConfig(r=LORA_RANK, lora_dropout=LORA_DROPOUT, revision=MODEL_REVISION)
-    lora.lora_alpha = 2 * LORA_RANK if LORA_ALPHA is None else LORA_ALPHA
-    lora.target_modules = lora_targets(model)
-    return get_peft_model(model, lora).train()
-
-
-def ds_config(steps):
-    """DeepSpeed's configuration: ZeRO-2, AdamW, logarithmic warm-up, then a cosine (T13)."""
-    adamw = {"lr": LR, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}
+def ds_config(args, steps):
+    """DeepSpeed's configuration: ZeRO-2, AdamW, logarithmic warm-up, then a cosine."""
+    adamw = {"lr": args.LR, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}
     adamw["torch_adam"] = True  # DeepSpeed's own would be compiled first
-    warmup_steps = max(1, int(WARMUP_RATIO * steps))  # DeepSpeed refuses 0 (T14)
+    warmup_steps = max(1, int(args.WARMUP_RATIO * steps))  # DeepSpeed refuses 0
     cosine = {"total_num_steps": steps, "warmup_num_steps": warmup_steps, "cos_min_ratio": 0.01}
     zero = {"stage": 2, "overlap_comm": True, "reduce_scatter": True, "contiguous_gradients": True}
     buckets = {"allgather_bucket_size": int(2e8), "reduce_bucket_size": int(2e8)}
     return {
-        "train_micro_batch_size_per_gpu": MICRO_BSIZE,
-        "gradient_accumulation_steps": GRAD_ACC,
-        "gradient_clipping": GRAD_CLIP,
+        "train_micro_batch_size_per_gpu": args.MICRO_BSIZE,
+        "gradient_accumulation_steps": args.GRAD_ACC,
+        "gradient_clipping": args.GRAD_CLIP,
         "bf16": {"enabled": compute_dtype() == torch.bfloat16},
         "optimizer": {"type": "AdamW", "params": adamw},
         "scheduler": {"type": "WarmupCosineLR", "params": cosine},
@@ -292,11 +459,11 @@ def ds_config(steps):
     }
 
 
-# ------- saving: {CKPT_DIR}_logs/state/ exists, locked, while a run is unfinished
+# ------- saving and resuming
 @torch.no_grad()
 def save_merged(model, tokenizer, folder):
     """Write the base model with W + alpha / r * B @ A, added in float32, for every adapted W."""
-    base = model.get_base_model()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     weights = {}
     for name, weight in base.state_dict().items():
         if ".lora_" not in name:
@@ -313,14 +480,19 @@ def save_merged(model, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
-def save_checkpoint(model, tokenizer, path, folder):
-    """Rank 0 saves the merged model to `folder`, then renames it to `path`; others wait."""
+def checkpoint_path(args, run, step):
+    return f"{args.CKPT_DIR}_step{step:04d}{run.suffix}"
+
+
+def save_checkpoint(args, run, path):
+    """Rank 0 saves the merged model beside the state, then renames it to `path`; others wait."""
+    folder = run.state / "checkpoint"
     if dist.get_rank() == 0 and not os.path.exists(path):  # or a killed run saved it
         shutil.rmtree(folder, ignore_errors=True)  # what a kill left
         try:
-            save_merged(model, tokenizer, folder)
-            if SAVE_ADAPTER:
-                model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+            save_merged(run.model, run.tokenizer, folder)
+            if args.SAVE_ADAPTER:
+                run.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
             os.sync()
             os.rename(folder, path)
         finally:
@@ -355,7 +527,8 @@ def load_state(engine, state):
             raise FileNotFoundError("a file is missing")  # DeepSpeed would not notice
         engine.load_checkpoint(state, tag, load_module_strict=False)  # has no frozen weights
     except Exception as error:  # damaged files fail in many ways
-        sys.exit(f"{state / tag} is damaged ({error!r:.200}); delete {state} to begin a new run")
+        remedy = f"delete {state.parent} to start again"
+        sys.exit(f"{state / tag} is damaged ({error!r:.200}); {remedy}")
     return int(tag.removeprefix("step"))
 
 
@@ -374,11 +547,46 @@ def open_log(path, step):
     return open(path, "a", buffering=1)  # written line by line
 
 
-def claim_run(run):
-    """Lock the unfinished run, which must be the same `run`, or a new one; returns its suffix."""
+def describe_run(args, method, examples, draws, left_out):
+    """Everything that decides the result, and what the run amounts to, for run_config.json."""
+    return {
+        "script": os.path.basename(sys.argv[0]),
+        **vars(args),
+        "dtype": str(compute_dtype()),
+        "world_size": draws.shape[2],
+        "data_sha256": hashlib.sha256(Path(args.DATA_PT).read_bytes()).hexdigest(),
+        "model_commit": getattr(load_pretrained(args, AutoConfig), "_commit_hash", None),
+        "versions": {x: version(x) for x in "torch deepspeed transformers peft numpy".split()},
+        "budget": method.budget(args, method, examples, draws, left_out),
+    }
+
+
+def budget(args, method, examples, draws, left_out):
+    """What the run amounts to, a dict of numbers."""
+    samples = sum(prompt_len < len(ids) for prompt_len, ids in examples)
+    micro_batches = draws.reshape(-1, args.MICRO_BSIZE)
+    batches = (method.make_batch(args, examples, batch, 0) for batch in micro_batches)
+    return {
+        "samples": samples,
+        "samples_without_answer": len(examples) - samples,  # never drawn
+        "steps": len(draws),
+        "global_batch": draws[0].size,
+        "draws": draws.size,
+        "draws_left_out": left_out,
+        "passes": round(draws.size / samples, 2),
+        "forward_tokens": draws.size * args.MAX_LEN,
+        "supervised_tokens": sum(int(loss_mask.sum()) for *_, loss_mask in batches),
+    }
+
+
+def claim_run(args, record):
+    """Lock the unfinished run, which must have the same `record`, or a new one.
+
+    Returns the suffix of its folders.
+    """
     for suffix in ["", *(f"-v{number}" for number in range(2, 10**4))]:
-        logs = Path(f"{CKPT_DIR}_logs{suffix}")
-        taken = logs.exists() or glob(f"{CKPT_DIR}_step*[0-9]{suffix}")
+        logs = Path(f"{args.CKPT_DIR}_logs{suffix}")
+        taken = logs.exists() or glob(f"{args.CKPT_DIR}_step*[0-9]{suffix}")
         if (logs / "state").exists() or not taken:
             break
     (logs / "state").mkdir(parents=True, exist_ok=True)
@@ -387,204 +595,181 @@ def claim_run(run):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f"{logs} is in use by another process; wait, or set another CKPT_DIR")
-    record = logs / "run_config.json"
-    if not record.exists():
+    path = logs / "run_config.json"
+    if not path.exists():
         if ABLATION:
-            write_json(logs / "ablation_config.json", {name: run[name] for name in ABLATION})
-        write_json(logs / "ds_zero2.json", ds_config(run["budget"]["steps"]))
-        write_json(record, run)
-    old = json.loads(record.read_text())
-    differ = [key for key in old | run if old.get(key) != run.get(key) and key != "budget"]
+            write_json(logs / "ablation_config.json", {name: record[name] for name in ABLATION})
+        write_json(logs / "ds_zero2.json", ds_config(args, record["budget"]["steps"]))
+        write_json(path, record)
+    old = json.loads(path.read_text())
+    names = [name for name in old | record if name != "budget"]
+    differ = [name for name in names if old.get(name) != record.get(name)]
     if differ:
-        changes = ", ".join(f"{key} was {old.get(key)!r}, now {run.get(key)!r}" for key in differ)
-        remedy = f"change this back, set another CKPT_DIR, or delete {logs}/state to start again"
-        sys.exit(f"{logs} is an unfinished run with other settings: {changes}; {remedy}")
+        changes = [f"{name} was {old.get(name)!r}, now {record.get(name)!r}" for name in differ]
+        remedy = f"change this back, set another CKPT_DIR, or delete {logs} to start again"
+        what = f"{logs} is an unfinished run with other settings"
+        sys.exit(f"{what}: {', '.join(changes)}; {remedy}")
     return suffix
 
 
 # ------- checks before training: all problems are reported together
-def preflight(world_size):
+def preflight(args, method, world_size):
     """Messages on everything that is wrong with data, model and disk; loads no weights."""
     problems = []
     try:
-        examples = load_examples()
+        examples = load_examples(args)
     except Exception as error:  # missing, damaged, or not a list of such rows
-        problems.append(f"{DATA_PT = } is not what pt.py writes ({error!r:.200}); run pt.py")
+        what = f"DATA_PT = {args.DATA_PT!r} is not what pt.py writes"
+        problems.append(f"{what} ({error!r:.200}); run pt.py")
     try:
-        config = load_pretrained(AutoConfig)
-        tokenizer = load_pretrained(AutoTokenizer, fix_mistral_regex=False)
-        code = {"code_revision": MODEL_REVISION} if hasattr(config, "auto_map") else {}
+        config = load_pretrained(args, AutoConfig)
+        tokenizer = load_pretrained(args, AutoTokenizer, fix_mistral_regex=False)
+        code = {"code_revision": args.MODEL_REVISION} if hasattr(config, "auto_map") else {}
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, **code)
     except Exception as error:  # the hub, a folder and remote code fail in many ways
-        problems.append(f"{MODEL_NAME = } cannot be loaded ({error!r:.300}); give another")
+        what = f"MODEL_NAME = {args.MODEL_NAME!r} cannot be loaded"
+        problems.append(f"{what} ({error!r:.300}); give another")
     if not problems:
-        problems = check_examples(examples, world_size, model, tokenizer) + check_model(model)
+        problems += check_examples(args, method, examples, world_size, model, tokenizer)
+        problems += method.check_model(args, model, tokenizer)
     return problems
 
 
-def check_model(model):
+def check_model(args, model, tokenizer):
+    """Messages on mask token, LoRA targets, device and disk; prints the layers per target."""
     problems = []
     vocabulary = model.get_input_embeddings().num_embeddings
     mask_id = getattr(model.config, "mask_token_id", None)
-    if mask_id not in (None, MASK_ID) or vocabulary <= MASK_ID:
-        own = f"{MODEL_NAME} has {vocabulary} ids, its mask token is {mask_id or 'unknown'}"
-        problems.append(f"{MASK_ID = }: {own}")
-    if not (targets := lora_targets(model)):
-        problems.append(f"{TARGET_MODS = }: no linear layer of {MODEL_NAME} has such a name")
-    for target in TARGET_MODS:
+    if mask_id not in (None, args.MASK_ID) or vocabulary <= args.MASK_ID:
+        own = f"{args.MODEL_NAME} has {vocabulary} ids, its mask token is {mask_id or 'unknown'}"
+        problems.append(f"MASK_ID = {args.MASK_ID}: {own}")
+    if not (targets := lora_targets(args, model)):
+        none = f"no linear layer of {args.MODEL_NAME} has such a name"
+        problems.append(f"TARGET_MODS = {args.TARGET_MODS}: {none}")
+    for target in args.TARGET_MODS:
         count = sum(f".{name}".endswith(f".{target}") for name in targets)
         print(f"LoRA on {count} layers {target}")
     if not deepspeed.get_accelerator().is_bf16_supported():
         problems.append("this GPU has no bf16; Ampere and later ones have it")
-    folder = Path(CKPT_DIR).absolute()
+    folder = Path(args.CKPT_DIR).absolute()
     while not folder.exists():
         folder = folder.parent
     needed = 2 * model.num_parameters()  # bytes of a checkpoint
     if shutil.disk_usage(folder).free < needed:
-        problems.append(f"{CKPT_DIR = }: a checkpoint takes {needed / 1e9:.1f} GB; free some space")
+        remedy = f"a checkpoint takes {needed / 1e9:.1f} GB; free some space"
+        problems.append(f"CKPT_DIR = {args.CKPT_DIR!r}: {remedy}")
     return problems
 
 
-def check_examples(examples, world_size, model, tokenizer):
+def check_examples(args, method, examples, world_size, model, tokenizer):
+    """Messages on too few rows, and on ids or a tokenizer that are not the model's."""
+    data = f"DATA_PT = {args.DATA_PT!r}"
     samples = sum(prompt_len < len(ids) for prompt_len, ids in examples)
-    if samples < MICRO_BSIZE or len(plan(examples, world_size)[1]) == 0:
-        step = f"{MICRO_BSIZE = } x {GRAD_ACC = } x {world_size} ranks"
-        rows = f"{MAX_SAMPLES = } of {DATA_PT = } give {samples} rows with an answer"
+    if samples < args.MICRO_BSIZE or len(plan(args, method, examples, world_size)[0]) == 0:
+        step = f"MICRO_BSIZE = {args.MICRO_BSIZE} x GRAD_ACC = {args.GRAD_ACC} x {world_size} ranks"
+        rows = f"MAX_SAMPLES = {args.MAX_SAMPLES} of {data} give {samples} rows with an answer"
         return [f"{rows}, too few for a step of {step}; use more rows, or lower these"]
-    remedy = f"write it with pt.py --model {MODEL_NAME}"
+    remedy = f"write it with pt.py --model {args.MODEL_NAME}"
     vocabulary = model.get_input_embeddings().num_embeddings
-    if any(ids.max() >= vocabulary or MASK_ID in ids for _, ids in examples):
-        return [f"{DATA_PT = } has {MASK_ID = } or ids beyond the model's {vocabulary}; {remedy}"]
+    if any(ids.max() >= vocabulary or args.MASK_ID in ids for _, ids in examples):
+        what = f"has MASK_ID = {args.MASK_ID} or ids beyond the model's {vocabulary}"
+        return [f"{data} {what}; {remedy}"]
     for _, ids in examples[:32]:  # another tokenizer brings back none of them
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if tokenizer.encode(text, add_special_tokens=False) == ids.tolist():
             return []
-    return [f"{DATA_PT = } was made with another tokenizer; {remedy}"]
+    return [f"{data} was made with another tokenizer; {remedy}"]
 
 
-# ------- main
-def init_distributed():
-    """Join the other ranks, or be the only one if no launcher has set the environment (T25)."""
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    warnings.simplefilter("ignore", FutureWarning)  # of torch, about DeepSpeed's calls
-    deepspeed.utils.logger.setLevel("ERROR")
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # gloo will do
-    deepspeed.init_distributed(timeout=12 * deepspeed.constants.default_pg_timeout)  # 2 hours
-    deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    if "OMP_NUM_THREADS" not in os.environ:  # the ranks of this machine share its cores
-        local_ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_ranks)))
-    if dist.get_rank() > 0:
-        logging.disable_progress_bar()
+# ------- flags
+LIMITS = [  # names, allowed types or texts, lowest and highest value
+    ("MODEL_NAME MODEL_REVISION DATA_PT CKPT_DIR", [str], None, None),
+    ("TARGET_MODS", [list], None, None),
+    ("SEED MASK_ID", [int], 0, 2**32 - 1),
+    ("MAX_SAMPLES MAX_LEN EPOCHS MICRO_BSIZE GRAD_ACC LORA_RANK", [int], 1, 10**6),
+    ("TOTAL_TRAIN_STEPS SAVE_EVERY STATE_EVERY", [int, type(None)], 1, 10**6),
+    ("LR WARMUP_RATIO LORA_DROPOUT MASK_PROB_EPS", [int, float], 0, 1),
+    ("GRAD_CLIP", [int, float], 0, 10**6),
+    ("LORA_ALPHA", [int, float, type(None)], 0, 10**6),
+    ("MASK_PADDING COMPILE ACTIVATION_CHECKPOINTING SAVE_ADAPTER", [bool], False, True),
+]
 
 
-def describe_run(examples, draws, numbers):
-    """Everything that decides the result, and what the run amounts to, for run_config.json."""
-    samples = sum(prompt_len < len(ids) for prompt_len, ids in examples)
-    batches = (make_batch(examples, draws, n, 0) for n in numbers.reshape(-1, MICRO_BSIZE))
-    return {
-        "script": os.path.basename(__file__),
-        **{name: globals()[name] for name in CONSTANTS},
-        "dtype": str(compute_dtype()),
-        "world_size": numbers.shape[2],
-        "data_sha256": hashlib.sha256(Path(DATA_PT).read_bytes()).hexdigest(),
-        "model_commit": getattr(load_pretrained(AutoConfig), "_commit_hash", None),
-        "versions": {x: version(x) for x in "torch deepspeed transformers peft numpy".split()},
-        "budget": {
-            "samples": samples,
-            "samples_without_answer": len(examples) - samples,  # never drawn (T11)
-            "steps": len(numbers),
-            "global_batch": numbers[0].size,
-            "draws": numbers.size,
-            "draws_left_out": len(draws) - numbers.size,
-            "passes": round(numbers.size / samples, 2),
-            "forward_tokens": numbers.size * MAX_LEN,
-            "supervised_tokens": sum(int(loss_mask.sum()) for *_, loss_mask in batches),
-        },
-    }
+def parse_args(argv=None, doc=__doc__, constants=CONSTANTS, limits=LIMITS, scripts=()):
+    """The constants as attributes, with the values of the flags --NAME VALUE.
+
+    A wrong flag or value ends the process, with a line for each. Scripts with another method give
+    their own docstring, constants ({name: value}), limits, and paths, where the comments are.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the launcher
+    comments = {}
+    for script in (__file__, *scripts):
+        comments |= read_comments(script)
+    for name, value in constants.items():
+        shown = ",".join(value) if isinstance(value, list) else value
+        text = f"{comments.get(name, '')} (now {shown})".replace("%", "%%")
+        parser.add_argument(f"--{name}", nargs="?", const="", metavar="VALUE", help=text)
+    flags, unknown = parser.parse_known_args(argv)
+    words = [word for word in unknown if word.startswith("--")]  # without their values
+    problems = [f"{word}: no constant of this script; see --help" for word in words or unknown]
+    args = argparse.Namespace(**constants)
+    limited = " ".join(names for names, *_ in limits).split()
+    for name, default in constants.items():
+        text = getattr(flags, name)
+        if text is None:
+            continue
+        value = from_text(text, type(default))
+        setattr(args, name, value)
+        if name not in limited and type(value) is not type(default):
+            problems.append(f"{name} = {value!r}: must be {type(default).__name__}, as {default!r}")
+    problems += check_constants(args, limits)
+    if problems and os.environ.get("LOCAL_RANK", "0") == "0":  # the launcher ends the other ranks
+        sys.exit("\n".join(problems))
+    return args
 
 
-def train_step(engine, examples, draws, micro_batches, pad_id):
-    """One optimizer step; returns the loss, averaged over micro-batches and ranks (T2, T16)."""
-    loss_sum = torch.zeros((), device=engine.device)
-    for numbers in micro_batches:
-        stream = np.random.default_rng((SEED, numbers[0], 2))  # not that of a draw's noise
-        torch.manual_seed(int(stream.integers(2**63)))  # dropout
-        loss = supervised_loss(engine, *make_batch(examples, draws, numbers, pad_id))
-        engine.backward(loss)
-        engine.step()  # updates the weights after the last micro-batch
-        loss_sum += loss.detach()
-    dist.all_reduce(loss_sum)
-    return loss_sum.item() / (len(micro_batches) * dist.get_world_size())
+def read_comments(script):
+    """{NAME: comment} of the lines `NAME = value  # comment` of a script."""
+    return dict(re.findall(r"^([A-Z][A-Z0-9_]*) = .*?  # (.*)$", Path(script).read_text(), re.M))
 
 
-def main():
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the others wait in init_distributed
-        problems = preflight(world_size)
-        if problems:
-            sys.exit("\n".join(problems))
-    init_distributed()
-    rank = dist.get_rank()
+def from_text(text, kind):
+    """The value of a flag whose constant is of this kind; check_constants refuses what is not."""
+    if kind is list:
+        return [word.strip() for word in text.split(",") if word.strip()]
+    if kind is not str:
+        with suppress(ValueError, SyntaxError):
+            return ast.literal_eval(text)
+    return text
 
-    # Plan the run, and find its folders
-    examples = load_examples()
-    draws, numbers = plan(examples, world_size)
-    steps = len(numbers)
-    suffix = [None]
-    if rank == 0:
-        run = describe_run(examples, draws, numbers)
-        suffix = [claim_run(run)]
-        for name, number in run["budget"].items():
-            print(f"{name:22} {number:,}")
-    dist.broadcast_object_list(suffix)
-    logs = Path(f"{CKPT_DIR}_logs{suffix[0]}")
-    state = logs / "state"
 
-    # Build the model, and restore the saved state if there is one
-    tokenizer = load_pretrained(AutoTokenizer, fix_mistral_regex=False)
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model = build_model(deepspeed.get_accelerator().current_device_name())
-    lora = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=lora, config=ds_config(steps))
-    done = load_state(engine, state)
-    if rank == 0:
-        model.print_trainable_parameters()
-        print(f"{logs}: resumes after step {done}" if done else f"{logs}: new run")
-        log = open_log(logs / "train_loss.csv", done)
+def check_constants(args, limits):
+    """A message for every constant that is out of its limits, whether edited or given as a flag."""
+    problems = []
+    for names, types, lowest, highest in limits:
+        kinds = [kind if isinstance(kind, str) else kind.__name__ for kind in types]
+        allowed = " or ".join(kinds).replace("NoneType", "None")
+        if str in types or list in types:
+            allowed += ", not empty"
+        if lowest is not None:
+            allowed += f", {lowest} to {highest}"
+        for name in [name for name in names.split() if name in args]:  # some methods have fewer
+            value = getattr(args, name)
+            fits = (type(value) in types or value in types) and value not in ("", [])
+            if fits and lowest is not None and value is not None:
+                fits = lowest <= value <= highest
+            if not fits:
+                problems.append(f"{name} = {value!r}: must be {allowed}")
+    if set(str(args.CKPT_DIR)) & set("*?["):
+        problems.append(f"CKPT_DIR = {args.CKPT_DIR!r}: must not contain * ? or [")
+    return problems
 
-    # Train
-    tokens = {"unit": " tokens", "unit_scale": numbers[0].size * MAX_LEN}
-    bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=rank != 0, **tokens)
-    for step in bar:
-        lr = engine.get_lr()[0]
-        loss = train_step(engine, examples, draws, numbers[step - 1, :, rank], pad_id)
-        if not math.isfinite(loss) or not engine.was_step_applied():
-            rows = draws[numbers[step - 1, :, rank].flatten(), 0].tolist()
-            sys.exit(f"step {step}: loss {loss} or gradient not finite on rows {rows} of {DATA_PT}")
-        if rank == 0:
-            log.write(f"{step},{loss:.6f}\n")
-            bar.set_postfix(step=f"{step}/{steps}", loss=f"{loss:.3f}", lr=f"{lr:.1e}")
-        if step == steps or (SAVE_EVERY and step % SAVE_EVERY == 0):
-            path = f"{CKPT_DIR}_step{step:04d}{suffix[0]}"
-            save_checkpoint(model, tokenizer, path, state / "checkpoint")
-        if STATE_EVERY and step % STATE_EVERY == 0 and step < steps:
-            save_state(engine, state, step)
 
-    if rank == 0:
-        os.rename(state, logs / "finished")  # in one go
-        shutil.rmtree(logs / "finished")
-        print(f"wrote {path} and {logs}")
-    dist.destroy_process_group()
-
+METHOD = Method(schedule, make_batch, supervised_loss, build_model, check_model, budget)
 
 if __name__ == "__main__":
-    try:
-        main()
-    except torch.OutOfMemoryError:
-        sys.exit(f"out of memory; set ACTIVATION_CHECKPOINTING, or halve {MICRO_BSIZE = }")
-    except (KeyboardInterrupt, OSError, SafetensorError) as error:
-        sys.exit(f"stopped: {type(error).__name__} {error}; repeat the command to resume")
+    with faults_in_one_line():
+        main(parse_args(), METHOD)

@@ -16,6 +16,7 @@ With --method fullseq also in two forms of train_lift.py, whose steps cost more:
 
 Model, adapter, rows, masks, dropout, compute_dtype and the update by DeepSpeed are the same. The
 model is this suite's LLaDA with LLaDA's vocabulary and random weights; nothing is downloaded.
+Guide: experiments/docs/performance.md
 
 Shapes: B rows, L tokens per row, V vocabulary.
 """
@@ -32,8 +33,26 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from unittest.mock import Mock, patch
+from types import SimpleNamespace
 
+import deepspeed
+import numpy as np
+import suite
+import torch
+import torch.distributed as dist
+import train_lift
+from suite import write_json
+from torch.nn.functional import cross_entropy
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+from toy_task.llada.configuration_llada import LLaDAConfig
+from toy_task.llada.modeling_llada import LLaDAModelLM
+from tqdm import tqdm
+
+import train_blockwise
+import train_fullseq
+
+TRAINERS = {"blockwise": train_blockwise, "fullseq": train_fullseq}
 SHAPES = {  # arguments of LLaDAConfig, whose defaults are LLaDA-8B's
     "toy": {"d_model": 96, "n_layers": 3, "n_heads": 4, "mlp_hidden_size": 256},
     "1b": {"d_model": 2048, "n_layers": 12, "n_heads": 16, "mlp_hidden_size": 6144},
@@ -46,126 +65,28 @@ PAD_ID = 126081  # LLaDA's <|endoftext|>
 IGNORED = -100  # label of a position that is not in the loss
 
 
-def parse_args(argv):
-    """The flags; ends with one message and status 2 if one is wrong."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    add = parser.add_argument
-    add("--part", choices=["step", "save"], default="step", help="what to measure (%(default)s)")
-    add("--method", choices=["blockwise", "fullseq"], default="blockwise", help="(%(default)s)")
-    add("--shape", choices=SHAPES, default="toy", help="of the model (%(default)s)")
-    add("--batch", type=int, default=8, help="rows per step (%(default)s)")
-    add("--length", type=int, default=256, help="tokens per row (%(default)s)")
-    add("--lora_rank", type=int, default=256, help="(%(default)s)")
-    add("--repeats", type=int, default=5, help="turns (of 2 timed steps), or saves (%(default)s)")
-    add("--forms", default=",".join(FORMS), help="some of %(default)s")
-    add("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
-    add("--output", metavar="FILE", help="also write the figures to this new file, as JSON")
-    args = parser.parse_args(argv)
-    args.forms = args.forms.split(",")
-    for name, lowest in {"batch": 1, "length": 2, "lora_rank": 1, "repeats": 1}.items():
-        value = getattr(args, name)
-        if value < lowest:
-            parser.error(f"--{name} {value}: must be at least {lowest}")
-    for form in args.forms:
-        known = FORMS + LIFT_FORMS if args.method == "fullseq" else FORMS
-        if form not in known:
-            parser.error(f"--forms: {form!r} is none of {', '.join(known)} ({args.method})")
-    folder = os.path.dirname(args.output or "") or "."
-    if args.output and (os.path.exists(args.output) or not os.access(folder, os.W_OK)):
-        parser.error(f"--output {args.output}: exists, or cannot be written; give another file")
-    return args
-
-
-if __name__ == "__main__":  # before the slow imports: --help and a wrong flag answer at once
-    ARGS = parse_args(sys.argv[1:])
-    if ARGS.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # DeepSpeed prefers a GPU
-
-import deepspeed
-import numpy as np
-import suite  # noqa: F401 (the trainers are one folder up)
-import torch
-import train_lift
-from files import write_json
-from torch.nn.functional import cross_entropy
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
-from toy_llada.configuration_llada import LLaDAConfig
-from toy_llada.modeling_llada import LLaDAModelLM
-from tqdm import tqdm
-
-import train_blockwise
-import train_fullseq
-
-TRAINERS = {"blockwise": train_blockwise, "fullseq": train_fullseq}
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-
-
-# ------- model and data; bench_decode.py takes these from here, and the report
-def random_llada(shape, dtype):
-    """A LLaDA on DEVICE with random weights; `shape` is a dict of LLaDAConfig's arguments."""
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        return LLaDAModelLM._from_config(LLaDAConfig(**shape), dtype=dtype)
-
-
-def random_examples(rows, length):
-    """Examples as load_examples gives them: length / 2 to length ids, two fifths are prompt."""
-    rng = np.random.default_rng(0)
-    examples = []
-    for size in rng.integers(max(2, length // 2), length + 1, size=rows).tolist():
-        examples.append((max(1, 2 * size // 5), torch.from_numpy(rng.integers(PAD_ID, size=size))))
-    return examples
-
-
-def set_constants(args, trainer):
-    """Give the trainer this run's constants."""
-    trainer.MAX_LEN = args.length
-    trainer.MICRO_BSIZE = args.batch
-    trainer.GRAD_ACC = 1
-    trainer.LORA_RANK = args.lora_rank
-    trainer.COMPILE = "compiled" in args.forms  # take_step runs the other forms without it
-    trainer.TOTAL_TRAIN_STEPS = args.repeats * (1 + TIMED_STEPS)
-
-
-def build_model(args, trainer):
-    """The trainer's model with its adapter, on a random LLaDA in the place of MODEL_NAME."""
-    base = random_llada(SHAPES[args.shape], trainer.compute_dtype())
-    with patch.object(trainer, "load_pretrained", return_value=(base, {"missing_keys": []})):
-        return trainer.build_model(DEVICE)
-
-
-def build_engine(args, trainer):
-    model = build_model(args, trainer)
-    lora = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    config = trainer.ds_config(trainer.TOTAL_TRAIN_STEPS * len(args.forms))
-    return deepspeed.initialize(model=model, model_parameters=lora, config=config)[0]
-
-
 # ------- the published form
-def published_batch(trainer, examples, draws, numbers, pad_id):
+def published_batch(constants, examples, draws, pad_id):
     """noisy_ids and labels, (B, L) each: the batch and the masks of make_batch, token by token."""
     inputs = []
     labels = []
-    for number in numbers:
-        sample, block = draws[number]
+    for number, sample, offset in draws.tolist():
         prompt_len, ids = examples[sample]
-        noise = np.random.default_rng((trainer.SEED, number)).random(1 + trainer.MAX_LEN, "f4")
-        t = trainer.MASK_PROB_EPS + (1 - trainer.MASK_PROB_EPS) * noise[0]
-        block_size = getattr(trainer, "BLOCK_SIZE", trainer.MAX_LEN)
-        first = prompt_len + block * block_size
-        noisy = ids.tolist() + [pad_id] * (trainer.MAX_LEN - len(ids))
-        label = [IGNORED] * trainer.MAX_LEN
+        rng = np.random.default_rng((constants.SEED, number))
+        noise = rng.random(1 + constants.MAX_LEN, np.float32)
+        t = constants.MASK_PROB_EPS + (1 - constants.MASK_PROB_EPS) * noise[0]
+        block_size = getattr(constants, "BLOCK_SIZE", constants.MAX_LEN)
+        first = prompt_len + offset
+        noisy = ids.tolist() + [pad_id] * (constants.MAX_LEN - len(ids))
+        label = [IGNORED] * constants.MAX_LEN
         for pos in range(prompt_len, len(ids)):
             active = first <= pos < first + block_size
-            p_mask = t if active else trainer.SUFFIX_MASK_PROB
+            p_mask = t if active else constants.SUFFIX_MASK_PROB
             if pos < first:
-                p_mask = trainer.PREFIX_MASK_RATE
+                p_mask = constants.PREFIX_MASK_RATE
             if noise[1 + pos] < p_mask:
                 label[pos] = noisy[pos] if active else IGNORED
-                noisy[pos] = trainer.MASK_ID
+                noisy[pos] = constants.MASK_ID
         inputs.append(noisy)
         labels.append(label)
     return torch.tensor(inputs), torch.tensor(labels)
@@ -173,30 +94,33 @@ def published_batch(trainer, examples, draws, numbers, pad_id):
 
 def published_loss(model, noisy_ids, labels):
     """The value of supervised_loss, from the logits of all positions in the model's dtype."""
-    labels = labels.to(DEVICE)
-    logits = model(input_ids=noisy_ids.to(DEVICE)).logits.flatten(0, 1)  # (B * L, V)
+    device = model.get_input_embeddings().weight.device
+    labels = labels.to(device)
+    logits = model(input_ids=noisy_ids.to(device)).logits.flatten(0, 1)  # (B * L, V)
     nll = cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="none")
     count = (labels != IGNORED).sum(1)  # (B,)
     return (nll.float().view_as(labels).sum(1) / count.clamp(min=1)).mean()
 
 
 # ------- the step
-def take_step(form, trainer, *arguments):
-    """The trainer's train_step in this form; returns the loss."""
-    make_batch = trainer.make_batch
-    supervised_loss = trainer.supervised_loss
+def micro_batch_loss(form, trainer, constants, run, draws):
+    """The loss of B draws in this form; ()."""
     if form == "published":
-        make_batch = partial(published_batch, trainer)
-        supervised_loss = published_loss
+        batch = published_batch(constants, run.examples, draws, PAD_ID)
+        return published_loss(run.engine, *batch)
     if form in LIFT_FORMS:
-        train_lift.MAX_LEN = trainer.MAX_LEN
-        train_lift.APPROXIMATE = form == "approximate"
-        make_batch = train_lift.make_batch
-        supervised_loss = train_lift.supervised_loss
-    functions = patch.multiple(trainer, make_batch=make_batch, supervised_loss=supervised_loss)
-    stance = torch.compiler.set_stance("default" if form == "compiled" else "force_eager")
-    with functions, stance:
-        return trainer.train_step(*arguments, PAD_ID)
+        trainer = train_lift
+        own = {"APPROXIMATE": form == "approximate"}
+        constants = argparse.Namespace(**train_lift.CONSTANTS | vars(constants) | own)
+    batch = trainer.make_batch(constants, run.examples, draws, PAD_ID)
+    return trainer.supervised_loss(constants, run.engine, *batch)
+
+
+def take_step(form, trainer, constants, run, step):
+    """The trainer's train_step in this form; returns the loss."""
+    loss = partial(micro_batch_loss, form, trainer, constants, run)
+    with torch.compiler.set_stance("default" if form == "compiled" else "force_eager"):
+        return trainer.train_step(constants, run, step, loss)
 
 
 def count_flops(form, *arguments):
@@ -208,66 +132,49 @@ def count_flops(form, *arguments):
     return {"loss": loss, "flops": counter.get_total_flops()}
 
 
-def take_turn(row, form, trainer, engine, examples, draws, numbers):
-    """Add a turn's seconds and peak memory to the form's row, or what ended the turn as "error"."""
+def take_turn(row, form, trainer, constants, run, first):
+    """Add a turn's seconds and peak memory to the form's row, or what ended the turn as "error".
+
+    The turn has the step `first`, whose figures do not count, and TIMED_STEPS after it.
+    """
     try:
         if not row["seconds"]:
-            row |= count_flops(form, trainer, engine, examples, draws, numbers[0])
-        take_step(form, trainer, engine, examples, draws, numbers[0])  # compiles, and warms up
+            row |= count_flops(form, trainer, constants, run, first)
+        take_step(form, trainer, constants, run, first)  # compiles, and warms up
         reset_peak()
-        for micro_batches in numbers[1:]:
+        for step in range(first + 1, first + 1 + TIMED_STEPS):
             start = time.perf_counter()
-            take_step(form, trainer, engine, examples, draws, micro_batches)
+            take_step(form, trainer, constants, run, step)
             deepspeed.get_accelerator().synchronize()
             row["seconds"].append(time.perf_counter() - start)
     except RuntimeError as error:  # out of memory, or no compiler
         row["error"] = f"{type(error).__name__}: {error!s:.200}"
-    peak = torch.cuda.max_memory_allocated() if GPU else peak_host_memory()
+    on_gpu = run.engine.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_host_memory()
     row["peak_bytes"] = max(row["peak_bytes"], peak)
-
-
-def reset_peak():
-    """Begin a new peak. Without the kernel's clear_refs the host's is that of the whole process."""
-    deepspeed.get_accelerator().reset_peak_memory_stats()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_host_memory():
-    """Bytes of memory that this process has held at most since reset_peak."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-
-
-def matrix_rate(dtype):
-    """FLOP/s of this machine in a large product of square matrices."""
-    size = 8192 if GPU else 2048
-    matrix = torch.randn(size, size, device=DEVICE, dtype=dtype)
-    how = {"globals": {"matrix": matrix}, "num_threads": torch.get_num_threads()}
-    return 2 * size**3 / Timer("matrix @ matrix", **how).blocked_autorange().median
 
 
 def measure_steps(args, trainer):
     """The figures of every form, or its error."""
     trainer.init_distributed()
-    set_constants(args, trainer)
-    examples = random_examples(trainer.TOTAL_TRAIN_STEPS * args.batch, args.length)
-    draws, numbers = trainer.plan(examples, world_size=1)
-    turns = numbers.reshape(args.repeats, 1 + TIMED_STEPS, 1, args.batch)
+    constants = make_constants(args, trainer)
+    examples = random_examples(constants.TOTAL_TRAIN_STEPS * args.batch, args.length)
+    draws, _ = trainer.plan(constants, trainer.METHOD, examples, world_size=1)
+    run = SimpleNamespace(examples=examples, draws=draws)
+    run.engine = build_engine(args, trainer, constants)
     rows = {form: {"seconds": [], "peak_bytes": 0} for form in args.forms}
-    engine = build_engine(args, trainer)
-    for turn in tqdm(turns, unit=" turns"):
+    for turn in tqdm(range(args.repeats), unit=" turns"):
         for form, row in rows.items():
             if "error" in row:
                 continue
-            take_turn(row, form, trainer, engine, examples, draws, turn)
+            take_turn(row, form, trainer, constants, run, 1 + turn * (1 + TIMED_STEPS))
             if "error" in row:  # DeepSpeed cannot continue after half a step
-                engine.destroy()
-                del engine
+                run.engine.destroy()
+                del run.engine
                 gc.collect()
-                engine = build_engine(args, trainer)
-    trainer.dist.destroy_process_group()
-    result = {"matrix_rate": matrix_rate(trainer.compute_dtype()), "rows": rows}
+                run.engine = build_engine(args, trainer, constants)
+    dist.destroy_process_group()
+    result = {"matrix_rate": matrix_rate(args.device, trainer.compute_dtype()), "rows": rows}
     add_ratios(args, result)
     return result
 
@@ -287,12 +194,11 @@ def add_ratios(args, result):
 # ------- saving
 def measure_save(args, trainer):
     """Medians of save_merged and of a plain write of as many bytes, in turn."""
-    set_constants(args, trainer)
-    model = build_model(args, trainer)
+    model = build_model(args, trainer, make_constants(args, trainer))
     size = 2 * model.get_base_model().num_parameters()
     if shutil.disk_usage(".").free < 2.1 * size:
         sys.exit(f"--part save needs {2.1 * size / 1e9:.1f} GB in the current folder; free some")
-    tokenizer = Mock()  # its few MB are not written
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)  # its few MB are not written
     row = {"bytes": size, "seconds": [], "plain_seconds": [], "host_bytes": 0}
     for _ in tqdm(range(args.repeats), unit=" saves"):
         with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
@@ -323,11 +229,85 @@ def write_plain(path, size):
             file.write(chunk[: size - start])
 
 
-# ------- report
-def describe_machine():
+# ------- main
+def main(args):
+    hide_gpu(args)
+    measure = measure_steps if args.part == "step" else measure_save
+    machine = describe_machine(args)
+    result = measure(args, TRAINERS[args.method])
+    report(args, {"machine": machine, "settings": vars(args)} | result)
+    if all("error" in row for row in result["rows"].values()):
+        sys.exit(f"no form has figures; lower --batch {args.batch}")
+
+
+# ------- model and data; bench_decode.py also uses what follows
+def random_llada(shape, device, dtype):
+    """A LLaDA with random weights; `shape` is a dict of LLaDAConfig's arguments."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LLaDAModelLM._from_config(LLaDAConfig(**shape), dtype=dtype)
+
+
+def random_examples(rows, length):
+    """Examples as load_examples gives them: length / 2 to length ids, two fifths are prompt."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for size in rng.integers(max(2, length // 2), length + 1, size=rows).tolist():
+        examples.append((max(1, 2 * size // 5), torch.from_numpy(rng.integers(PAD_ID, size=size))))
+    return examples
+
+
+def make_constants(args, trainer):
+    """The trainer's constants for this run."""
+    constants = argparse.Namespace(**trainer.CONSTANTS)
+    constants.MAX_LEN = args.length
+    constants.MICRO_BSIZE = args.batch
+    constants.GRAD_ACC = 1
+    constants.LORA_RANK = args.lora_rank
+    constants.COMPILE = "compiled" in args.forms  # take_step runs the other forms without it
+    constants.TOTAL_TRAIN_STEPS = args.repeats * (1 + TIMED_STEPS)
+    return constants
+
+
+def build_model(args, trainer, constants):
+    """The trainer's model with its adapter, on a random LLaDA in the place of MODEL_NAME."""
+    base = random_llada(SHAPES[args.shape], args.device, trainer.compute_dtype())
+    return trainer.add_adapter(constants, trainer.prepare_layers(constants, base))
+
+
+def build_engine(args, trainer, constants):
+    model = build_model(args, trainer, constants)
+    lora = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config = trainer.ds_config(constants, constants.TOTAL_TRAIN_STEPS * len(args.forms))
+    return deepspeed.initialize(model=model, model_parameters=lora, config=config)[0]
+
+
+# ------- the machine
+def reset_peak():
+    """Begin a new peak. Without the kernel's clear_refs the host's is that of the whole process."""
+    deepspeed.get_accelerator().reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_host_memory():
+    """Bytes of memory that this process has held at most since reset_peak."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def matrix_rate(device, dtype):
+    """FLOP/s of this machine in a large product of square matrices."""
+    size = 8192 if device == "cuda" else 2048
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    how = {"globals": {"matrix": matrix}, "num_threads": torch.get_num_threads()}
+    return 2 * size**3 / Timer("matrix @ matrix", **how).blocked_autorange().median
+
+
+def describe_machine(args):
     """What the figures hold for."""
     cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
-    name = torch.cuda.get_device_name() if GPU else cpu
+    name = torch.cuda.get_device_name() if args.device == "cuda" else cpu
     machine = {"device": name, "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
     machine["dtype"] = str(train_blockwise.compute_dtype())
     for library in ("torch", "deepspeed", "transformers", "peft"):
@@ -335,6 +315,14 @@ def describe_machine():
     return machine
 
 
+def hide_gpu(args):
+    """With --device cpu on a machine with a GPU, start again without: DeepSpeed has chosen it."""
+    if args.device == "cpu" and torch.cuda.is_available():
+        command = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, command, os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+
+
+# ------- report
 def report(args, result):
     """Print the numbers of each row; write everything to --output."""
     print(result["machine"])
@@ -347,16 +335,51 @@ def report(args, result):
         print(f"wrote {args.output}")
 
 
-def main():
-    if ARGS.device == "cuda" and not GPU:
-        sys.exit("--device cuda: torch sees no GPU; give --device cpu")
-    measure = measure_steps if ARGS.part == "step" else measure_save
-    machine = describe_machine()
-    result = measure(ARGS, TRAINERS[ARGS.method])
-    report(ARGS, {"machine": machine, "settings": vars(ARGS)} | result)
-    if all("error" in row for row in result["rows"].values()):
-        sys.exit(f"no form has figures; lower --batch {ARGS.batch}")
+# ------- flags
+def parse_args(argv=None):
+    """The flags; ends with one message and status 2 if one is wrong."""
+    parser = suite.make_parser(__doc__)
+    add = parser.add_argument
+    add("--part", choices=["step", "save"], default="step", help="what to measure (%(default)s)")
+    add("--method", choices=["blockwise", "fullseq"], default="blockwise", help="(%(default)s)")
+    add("--batch", type=int, default=8, help="rows per step (%(default)s)")
+    add("--length", type=int, default=256, help="tokens per row (%(default)s)")
+    add("--lora_rank", type=int, default=256, help="(%(default)s)")
+    add("--repeats", type=int, default=5, help="turns (of 2 timed steps), or saves (%(default)s)")
+    add(
+        "--forms",
+        default=",".join(FORMS),
+        help="some of %(default)s; with --method fullseq also lift, approximate",
+    )
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    args.forms = args.forms.split(",")
+    suite.check_lowest(parser, args, batch=1, length=2, lora_rank=1, repeats=1)
+    known = FORMS + LIFT_FORMS if args.method == "fullseq" else FORMS
+    for form in args.forms:
+        if form not in known:
+            parser.error(f"--forms: {form!r} is none of {', '.join(known)} ({args.method})")
+    check_flags(parser, args)
+    return args
+
+
+def add_flags(parser):
+    """Add the flags that both benchmarks have."""
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="toy", help="of the model (%(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=["cpu", "cuda"], default=device, help="the GPU if there is one")
+    add("--output", metavar="FILE", help="also write the figures to this new file, as JSON")
+
+
+def check_flags(parser, args):
+    """End with the parser's message if such a flag cannot be used."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU; give --device cpu")
+    folder = os.path.dirname(args.output or "") or "."
+    if args.output and (os.path.exists(args.output) or not os.access(folder, os.W_OK)):
+        parser.error(f"--output {args.output}: exists, or cannot be written; give another file")
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

@@ -6,17 +6,20 @@
 Both ways take turns in one process. Half of the length is prompt; the other half is decoded in
 blocks of 32 tokens, two tokens per step. The model is this suite's LLaDA with random weights, in
 float32, on a GPU in bfloat16; nothing is downloaded.
+Guide: experiments/docs/performance.md
 
 Shapes: B prompts, P tokens per prompt.
 """
 
-import argparse
-import os
-import sys
 import time
 from statistics import median
 
-SHAPES = ["toy", "1b", "8b"]  # bench.py has their sizes
+import bench
+import suite
+import torch
+from decode import decode
+from tqdm import tqdm
+
 BLOCK_LENGTH = 32  # tokens
 TOKENS_PER_STEP = 2
 END_ID = 0  # suppressed, so that no answer ends early
@@ -24,47 +27,11 @@ MASK_ID = 1
 FIRST_ID = 2  # of the prompts' tokens
 
 
-def parse_args(argv):
-    """The flags; ends with one message and status 2 if one is wrong."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    add = parser.add_argument
-    add("--shape", choices=SHAPES, default="toy", help="of the model (%(default)s)")
-    add("--batch", type=int, default=8, help="prompts (%(default)s)")
-    add("--length", type=int, default=256, help="tokens of prompt and answer (%(default)s)")
-    add("--vocabulary", type=int, default=126464, help="of the model (%(default)s)")
-    add("--repeats", type=int, default=3, help="turns of each way (%(default)s)")
-    add("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
-    add("--output", metavar="FILE", help="also write the figures to this new file, as JSON")
-    args = parser.parse_args(argv)
-    for name, lowest in {"batch": 1, "length": 64, "vocabulary": 8, "repeats": 1}.items():
-        value = getattr(args, name)
-        if value < lowest:
-            parser.error(f"--{name} {value}: must be at least {lowest}")
-    if args.length % (2 * BLOCK_LENGTH):
-        parser.error(f"--length {args.length}: must be a multiple of {2 * BLOCK_LENGTH}")
-    folder = os.path.dirname(args.output or "") or "."
-    if args.output and (os.path.exists(args.output) or not os.access(folder, os.W_OK)):
-        parser.error(f"--output {args.output}: exists, or cannot be written; give another file")
-    return args
-
-
-if __name__ == "__main__":  # before the slow imports: --help and a wrong flag answer at once
-    ARGS = parse_args(sys.argv[1:])
-    if ARGS.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-import bench
-import torch
-from decode import decode
-from tqdm import tqdm
-
-
 def measure(args):
     """Median seconds per answer of both ways, and their ratio."""
     shape = bench.SHAPES[args.shape] | {"vocab_size": args.vocabulary, "mask_token_id": MASK_ID}
-    dtype = torch.bfloat16 if bench.GPU else torch.float32
-    model = bench.random_llada(shape, dtype).eval()
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    model = bench.random_llada(shape, args.device, dtype).eval()
     prompts = torch.randint(FIRST_ID, args.vocabulary, (args.batch, args.length // 2))  # (B, P)
     ways = {"one by one": prompts.split(1), "as a batch": [prompts]}
     seconds = {way: [] for way in ways}
@@ -97,13 +64,29 @@ def decode_all(model, batches):
         )
 
 
-def main():
-    if ARGS.device == "cuda" and not bench.GPU:
-        sys.exit("--device cuda: torch sees no GPU; give --device cpu")
-    machine = bench.describe_machine()
-    result = measure(ARGS)
-    bench.report(ARGS, {"machine": machine, "settings": vars(ARGS)} | result)
+def main(args):
+    bench.hide_gpu(args)
+    machine = bench.describe_machine(args)
+    result = measure(args)
+    bench.report(args, {"machine": machine, "settings": vars(args)} | result)
+
+
+def parse_args(argv=None):
+    """The flags; ends with one message and status 2 if one is wrong."""
+    parser = suite.make_parser(__doc__)
+    add = parser.add_argument
+    add("--batch", type=int, default=8, help="prompts (%(default)s)")
+    add("--length", type=int, default=256, help="tokens of prompt and answer (%(default)s)")
+    add("--vocabulary", type=int, default=126464, help="of the model (%(default)s)")
+    add("--repeats", type=int, default=3, help="turns of each way (%(default)s)")
+    bench.add_flags(parser)
+    args = parser.parse_args(argv)
+    suite.check_lowest(parser, args, batch=1, length=64, vocabulary=8, repeats=1)
+    if args.length % (2 * BLOCK_LENGTH):
+        parser.error(f"--length {args.length}: must be a multiple of {2 * BLOCK_LENGTH}")
+    bench.check_flags(parser, args)
+    return args
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

@@ -9,6 +9,7 @@ each in steps / blocks denoising steps. A step predicts the block's masked posit
 the most confident ones (Nie et al., arXiv:2502.09992, section 2.4, and their `generate.py`).
 A model of train_opdlm.py attends block by block: its `config.block_causal` says so.
 This file is a command, and also the library that evaluate.py decodes with.
+Guide: experiments/docs/decoding.md
 
 At temperature 0 the tokens are those of LLaDA's `generate.py`, which differs in four ways:
     It also decodes the blocks after the one in which an answer has ended.
@@ -22,48 +23,11 @@ Shapes: B prompts, R of them in a forward pass, L length of the canvas, K block 
 V vocabulary, M masked positions in the active blocks.
 """
 
-import argparse
 import math
 import os
 import sys
 
-from decode_flags import (
-    add_decoding_flags,
-    add_model_flags,
-    check_flags,
-    check_options,
-    decode_options,
-)
-
-MASK_ID = 126336  # LLaDA's <|mdm_mask|>
-EOS_ID = 126081  # LLaDA's <|endoftext|>
-EOT_ID = 126348  # LLaDA's <|eot_id|>
-LOGSUMEXP_ROWS = 32  # rows of logits reduced at once: they fit in a CPU's caches
-
-
-def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_model_flags(parser)
-    add_decoding_flags(parser)
-    parser.add_argument("--prompt", required=True, help="a question; pt.py's prompt is added")
-    parser.add_argument(
-        "--show", action="store_true", help="print every canvas, [MASK] as a square"
-    )
-    args = parser.parse_args(argv)
-    check_flags(parser, args)
-    if not args.prompt.strip():
-        parser.error("--prompt is empty; give a question")
-    return args
-
-
-if __name__ == "__main__":  # before the slow imports: --help and a wrong flag answer at once
-    ARGS = parse_args(sys.argv[1:])
-
-import suite  # noqa: F401 (pt.py is one folder up)
+import suite
 import torch
 from peft import PeftConfig, PeftModel
 from tqdm import tqdm
@@ -71,9 +35,24 @@ from transformers import AutoModelForCausalLM, logging
 
 import pt
 
-# -------------------------------------------------------------------------------------- decoding
+MASK_ID = 126336  # LLaDA's <|mdm_mask|>
+EOS_ID = 126081  # LLaDA's <|endoftext|>
+EOT_ID = 126348  # LLaDA's <|eot_id|>
+LOGSUMEXP_ROWS = 32  # rows of logits reduced at once: they fit in a CPU's caches
+REMASKING = ("low_confidence", "random")
+OPTIONS = (  # the flags that are keyword arguments of `decode`
+    "gen_length",
+    "block_length",
+    "steps",
+    "temperature",
+    "remasking",
+    "threshold",
+    "logits_eos_inf",
+    "confidence_eos_eot_inf",
+)
 
 
+# ------- decoding
 @torch.no_grad()
 def decode(
     model,
@@ -339,9 +318,82 @@ def commit(canvas, active, masked, x0, transfer_index):
     canvas.scatter_(1, active, torch.where(transfer_index, predicted, before))
 
 
-# ---------------------------------------------------------------------------- models and prompts
+# ------- the command
+def main(args):
+    set_device(args)
+    logging.set_verbosity_error()
+    tokenizer = pt.load_tokenizer(*base_of(args.model, args.model_revision))
+    prompts = encode_prompts(tokenizer, [args.prompt])
+    model = load_model(args.model, args.model_revision, args.device, getattr(torch, args.dtype))
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = special_ids(args.model, model.config, tokenizer, vocabulary)
+    options = decode_options(args)
+    check_block_length(args.model, model.config, options["block_length"])
+    check_prompts(args.model, prompts, args.gen_length, ids["mask_id"], model.config)
+
+    forwards = args.steps if args.threshold is None else args.gen_length  # at most
+    bar = tqdm(total=forwards, unit=" forwards", desc="decode", disable=args.show)
+    shown = 0
+
+    def callback(_, canvas):
+        nonlocal shown
+        bar.update()
+        shown += 1
+        if args.show:
+            answer = canvas[0, len(prompts[0]) :].tolist()
+            print(f"--- forward pass {shown}\n{spell(answer, tokenizer, ids['mask_id'])}")
+
+    try:
+        answers = decode(model, prompts, **options, **ids, seeds=[args.seed], callback=callback)
+    except torch.OutOfMemoryError:
+        sys.exit(f"--gen_length {args.gen_length}: out of memory; give a lower one")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    bar.close()
+    answer = answers[0]
+    length = answer_length(answer, ids["eos_id"], ids["eot_id"])
+    print(tokenizer.decode(answer[:length], skip_special_tokens=True).strip())
 
 
+def spell(ids, tokenizer, mask_id):
+    """The text of ids, with a square for each [MASK]."""
+    return "".join("\u25a1" if id_ == mask_id else tokenizer.decode([id_]) for id_ in ids)
+
+
+def encode_prompts(tokenizer, queries):
+    """The ids of `queries` in MetaMath's prompt and the chat template, as pt.py renders them."""
+    header = pt.find_trailing_header(tokenizer)
+    prompts, _ = pt.render(tokenizer, header, queries, ["answer"] * len(queries))
+    return tokenizer(prompts, add_special_tokens=False)["input_ids"]
+
+
+def check_prompts(name, prompts, gen_length, mask_id, config):
+    """Check the ids of `prompts` against the model `name` and its configuration.
+
+    Raises:
+        SystemExit: if one contains the mask token, or leaves too little room for `gen_length`.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) == 0:
+            sys.exit(f"prompt {number} is empty; give another")
+        if mask_id in prompt:
+            sys.exit(f"prompt {number} contains the mask token of --model {name}; remove it")
+    room = getattr(config, "max_sequence_length", None)
+    longest = max(len(prompt) for prompt in prompts)
+    if room is not None and longest + gen_length > room:
+        sys.exit(
+            f"--gen_length {gen_length}: with a prompt of {longest} tokens it exceeds "
+            f"the {room} tokens of --model {name}; give a lower one"
+        )
+
+
+def answer_length(ids, eos_id, eot_id):
+    """The tokens of an answer up to and including the first end token; all if there is none."""
+    ends = torch.isin(ids, torch.tensor([eos_id, eot_id])).nonzero()
+    return int(ends[0]) + 1 if len(ends) else len(ids)
+
+
+# ------- the model
 def set_device(args):
     """Fill in `args.device` and `args.dtype` where they were not given.
 
@@ -446,82 +498,98 @@ def check_block_length(name, config, block_length):
         print(f"{message}, not --block_length {block_length}", file=sys.stderr)
 
 
-def encode_prompts(tokenizer, queries):
-    """The ids of `queries` in MetaMath's prompt and the chat template, as pt.py renders them."""
-    header = pt.find_trailing_header(tokenizer)
-    prompts, _ = pt.render(tokenizer, header, queries, ["answer"] * len(queries))
-    return tokenizer(prompts, add_special_tokens=False)["input_ids"]
+# ------- flags and their checks
+def parse_args(argv=None):
+    """The flags; ends with one message and status 2 if one is wrong."""
+    parser = suite.make_parser(__doc__)
+    add_model_flags(parser)
+    add_decoding_flags(parser)
+    add = parser.add_argument
+    add("--prompt", required=True, help="a question; pt.py's prompt is added")
+    add("--show", action="store_true", help="print every canvas, [MASK] as a square")
+    args = parser.parse_args(argv)
+    check_flags(parser, args)
+    if not args.prompt.strip():
+        parser.error("--prompt is empty; give a question")
+    return args
 
 
-def check_prompts(name, prompts, gen_length, mask_id, config):
-    """Check the ids of `prompts` against the model `name` and its configuration.
+def add_model_flags(parser):
+    """Add the flags that say which model is loaded, to an ArgumentParser."""
+    add = parser.add_argument
+    add("--model", required=True, help="folder of a checkpoint, adapter or base, or hub id")
+    add("--model_revision", default="main", help="branch, tag or commit of a hub model (main)")
+    add_device_flags(parser)
+
+
+def add_device_flags(parser):
+    """Add the flags that say where the model is, and in which dtype; see `set_device`."""
+    add = parser.add_argument
+    add("--dtype", choices=("bfloat16", "float32"), help="(bfloat16 on a GPU, else float32)")
+    add("--device", help="cpu, cuda, cuda:1, ... (cuda if there is a GPU)")
+
+
+def add_decoding_flags(parser):
+    """Add the flags that say how the model decodes, to an ArgumentParser."""
+    add = parser.add_argument
+    add("--gen_length", type=int, default=256, help="longest answer, in tokens (%(default)s)")
+    block = "tokens per block, 0 = the whole answer is one block (%(default)s)"
+    add("--block_length", type=int, default=32, help=block)
+    add("--steps", type=int, default=128, help="denoising steps for the answer (%(default)s)")
+    add("--temperature", type=float, default=0.0, help="of Gumbel noise, 0 = none (%(default)s)")
+    remasking = "commit the most confident positions first, or random ones (%(default)s)"
+    add("--remasking", choices=REMASKING, default=REMASKING[0], help=remasking)
+    threshold = "commit every token with a higher probability, whatever --steps (off)"
+    add("--threshold", type=float, help=threshold)
+    add("--logits_eos_inf", action="store_true", help="never predict <|endoftext|>")
+    last = "with low_confidence: commit end tokens last in their block"
+    add("--confidence_eos_eot_inf", action="store_true", help=last)
+    add("--seed", type=int, default=0, help="of noise and random remasking (%(default)s)")
+
+
+def check_flags(parser, args):
+    """End with the parser's message if the shared flags do not fit together."""
+    if not 0 <= args.seed < 2**31:
+        parser.error(f"--seed {args.seed}: must be 0 to {2**31 - 1}")
+    try:
+        check_options(**decode_options(args))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def decode_options(args):
+    """The keyword arguments of `decode` that the flags give."""
+    options = {name: getattr(args, name) for name in OPTIONS}
+    options["block_length"] = args.block_length or args.gen_length
+    return options
+
+
+def check_options(gen_length, block_length, steps, temperature, remasking, threshold, **_):
+    """Check the options of a decoding; the others have no limits.
 
     Raises:
-        SystemExit: if one contains the mask token, or leaves too little room for `gen_length`.
+        ValueError: if the lengths and steps do not divide, or an option is out of range.
     """
-    for number, prompt in enumerate(prompts, start=1):
-        if len(prompt) == 0:
-            sys.exit(f"prompt {number} is empty; give another")
-        if mask_id in prompt:
-            sys.exit(f"prompt {number} contains the mask token of --model {name}; remove it")
-    room = getattr(config, "max_sequence_length", None)
-    longest = max(len(prompt) for prompt in prompts)
-    if room is not None and longest + gen_length > room:
-        sys.exit(
-            f"--gen_length {gen_length}: with a prompt of {longest} tokens it exceeds "
-            f"the {room} tokens of --model {name}; give a lower one"
+    if gen_length < 1:
+        raise ValueError(f"gen_length {gen_length} must be at least 1")
+    if block_length < 1:
+        raise ValueError(f"block_length {block_length} must be at least 1")
+    if gen_length % block_length:
+        raise ValueError(f"gen_length {gen_length} is not divisible by block_length {block_length}")
+    blocks = gen_length // block_length
+    if threshold is None and (steps < 1 or steps % blocks):
+        raise ValueError(
+            f"steps {steps} is not divisible by the {blocks} blocks of {block_length} tokens"
         )
-
-
-def answer_length(ids, eos_id, eot_id):
-    """The tokens of an answer up to and including the first end token; all if there is none."""
-    ends = torch.isin(ids, torch.tensor([eos_id, eot_id])).nonzero()
-    return int(ends[0]) + 1 if len(ends) else len(ids)
-
-
-# ------------------------------------------------------------------------------------------ main
-
-
-def main(args):
-    set_device(args)
-    logging.set_verbosity_error()
-    tokenizer = pt.load_tokenizer(*base_of(args.model, args.model_revision))
-    prompts = encode_prompts(tokenizer, [args.prompt])
-    model = load_model(args.model, args.model_revision, args.device, getattr(torch, args.dtype))
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = special_ids(args.model, model.config, tokenizer, vocabulary)
-    options = decode_options(args)
-    check_block_length(args.model, model.config, options["block_length"])
-    check_prompts(args.model, prompts, args.gen_length, ids["mask_id"], model.config)
-
-    forwards = args.steps if args.threshold is None else args.gen_length  # at most
-    bar = tqdm(total=forwards, unit=" forwards", desc="decode", disable=args.show)
-    shown = 0
-
-    def callback(_, canvas):
-        nonlocal shown
-        bar.update()
-        shown += 1
-        if args.show:
-            answer = canvas[0, len(prompts[0]) :].tolist()
-            print(f"--- forward pass {shown}\n{spell(answer, tokenizer, ids['mask_id'])}")
-
-    try:
-        answers = decode(model, prompts, **options, **ids, seeds=[args.seed], callback=callback)
-    except torch.OutOfMemoryError:
-        sys.exit(f"--gen_length {args.gen_length}: out of memory; give a lower one")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    bar.close()
-    answer = answers[0]
-    length = answer_length(answer, ids["eos_id"], ids["eot_id"])
-    print(tokenizer.decode(answer[:length], skip_special_tokens=True).strip())
-
-
-def spell(ids, tokenizer, mask_id):
-    """The text of ids, with a square for each [MASK]."""
-    return "".join("\u25a1" if id_ == mask_id else tokenizer.decode([id_]) for id_ in ids)
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature} must be 0 or more")
+    if remasking not in REMASKING:
+        raise ValueError(f"remasking {remasking!r} must be one of {', '.join(REMASKING)}")
+    if threshold is not None and not 0 < threshold < 1:
+        raise ValueError(f"threshold {threshold} must be between 0 and 1")
+    if threshold is not None and remasking != "low_confidence":
+        raise ValueError(f"threshold {threshold} needs remasking low_confidence, not {remasking}")
 
 
 if __name__ == "__main__":
-    main(ARGS)
+    main(parse_args())

@@ -11,6 +11,7 @@ is any generative task of lm-evaluation-harness, with its own prompt and metrics
 Each process generates every n-th batch of answers and writes it to DIR/answers/; the one that comes
 last grades them all, and writes DIR/samples.jsonl and DIR/summary.json. To resume an evaluation
 that was stopped, give the same command again, on any number of processes.
+Guide: experiments/docs/evaluation.md
 """
 
 import argparse
@@ -21,10 +22,24 @@ import math
 import os
 import sys
 import time
+from contextlib import redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 
-from decode_flags import add_decoding_flags, add_model_flags, check_flags, decode_options
+import decode
+import suite
+import torch
+from accelerate import init_empty_weights
+from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate as run_harness
+from lm_eval.tasks import TaskManager
+from suite import digest, file_digest, write_json, write_text
+from tasks import grade
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import set_verbosity_error
+
+import pt
 
 TASKS = Path(__file__).with_name("tasks")
 BENCHMARKS = {"gsm8k": "metamath_gsm8k", "math500": "metamath_math500"}  # tasks of --dataset
@@ -32,95 +47,7 @@ MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".py", ".model", ".txt
 LIBRARIES = ("torch", "transformers", "lm_eval", "math-verify", "sympy")  # can change verdicts
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_model_flags(parser)
-    add_decoding_flags(parser)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--dataset", help=f"{', '.join(BENCHMARKS)}, or a .jsonl file")
-    what.add_argument("--task", help="of lm-evaluation-harness; `lm_eval ls tasks` lists them")
-    add = parser.add_argument
-    add(
-        "--output", required=True, type=Path, metavar="DIR", help="for answers, samples and summary"
-    )
-    add("--limit", type=int, help="use only the first problems (all)")
-    add("--batch_size", type=int, default=16, help="answers at a time per process (%(default)s)")
-    add("--num_fewshot", type=int, help="worked examples in the prompt (the task's own number)")
-    add("--no_chat_template", action="store_true", help="plain prompts, for base models")
-    unsafe = "let a task run the code that the model wrote"
-    add("--confirm_run_unsafe_code", action="store_true", help=unsafe)
-    add("--local_rank", help=argparse.SUPPRESS)  # the launcher's
-    args = parser.parse_args(argv)
-    for name, lowest in {"limit": 1, "batch_size": 1, "num_fewshot": 0}.items():
-        value = getattr(args, name)
-        if value is not None and value < lowest:
-            parser.error(f"--{name} {value}: must be at least {lowest}")
-    if args.dataset and args.num_fewshot:
-        parser.error(f"--num_fewshot {args.num_fewshot}: only with --task")
-    check_flags(parser, args)
-    return args
-
-
-if __name__ == "__main__":  # before the slow imports: --help and a wrong flag answer at once
-    parse_args(sys.argv[1:])
-    if os.environ.get("RANK", "0") != "0":
-        os.environ["TQDM_DISABLE"] = "1"
-
-import decode
-import grade
-import suite  # noqa: F401 (pt.py is one folder up)
-import torch
-from accelerate import init_empty_weights
-from files import digest, file_digest, write_json, write_text
-from lm_eval.api.model import LM
-from lm_eval.evaluator import evaluate as run_harness
-from lm_eval.tasks import TaskManager
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils.logging import set_verbosity_error
-
-import pt
-
-# ------------------------------------------------------------------------------------- the task
-
-
-def load_task(dataset=None, task=None, num_fewshot=None):
-    """A task of lm-evaluation-harness with its problems: that of a `dataset`, or the one named.
-
-    Raises:
-        SystemExit: if it cannot be loaded, or has no problems, or is not generative.
-    """
-    given = f"--task {task}" if task else f"--dataset {dataset}"
-    spec = task or BENCHMARKS.get(dataset)
-    if spec is None:  # metamath of another file: the harness changes members of groups only
-        member = {"task": "metamath", "dataset_kwargs": {"path": str(dataset)}}
-        spec = {"group": "local", "task": [member]}
-    names = ", ".join(BENCHMARKS)
-    remedy = f"give --dataset {names} or a .jsonl file, or a --task of `lm_eval ls tasks`"
-    try:
-        # the harness's own index takes some seconds
-        harness = task is not None and not task.endswith((".yaml", ".yml"))
-        manager = TaskManager(include_path=str(TASKS), include_defaults=harness)
-        loaded = manager.load(spec)["tasks"]
-    except Exception as error:  # the hub, files and tasks fail in many ways
-        sys.exit(f"{given} cannot be loaded ({pt.first_line(error)}); {remedy}")
-    if len(loaded) > 1:
-        sys.exit(f"{given} is a group; give one of its tasks: {', '.join(loaded)}")
-    (loaded,) = loaded.values()
-    if loaded.OUTPUT_TYPE != "generate_until" or getattr(loaded, "MULTIMODAL", False):
-        sys.exit(f"{given} does not generate text from text; {remedy}")
-    if num_fewshot is not None:
-        if num_fewshot and num_fewshot >= len(loaded.fewshot_docs()):
-            sys.exit(f"--num_fewshot {num_fewshot}: more than {given} has; give a lower one")
-        loaded.set_config("num_fewshot", num_fewshot)
-    loaded.set_fewshot_seed(0)
-    return loaded
-
-
+# ------- block decoding as a model
 class Ended(Exception):
     """This process has nothing left to do."""
 
@@ -174,7 +101,7 @@ class BlockDecoder(LM):
             config, vocabulary = load_config(args.model, args.model_revision)
             special = decode.special_ids(args.model, config, self.tokenizer, vocabulary)
             decode.check_prompts(args.model, prompts, args.gen_length, special["mask_id"], config)
-            options = decode_options(args) | special
+            options = decode.decode_options(args) | special
             self.description = describe(args, options, config, self.task, requests, prompts)
             claim(args.output, self.description)
         if (args.output / "summary.json").exists():
@@ -223,144 +150,6 @@ class BlockDecoder(LM):
     loglikelihood_rolling = loglikelihood
 
 
-def cut(text, settings):
-    """`text` up to the first of the request's stop sequences."""
-    stops = settings.get("until") or []
-    for stop in [stops] if isinstance(stops, str) else stops:
-        if stop:
-            text = text.partition(stop)[0]
-    return text
-
-
-# ------------------------------------------------------------------------------------- the model
-
-
-def load_config(name, revision):
-    """The configuration of a model, and the number of its ids, without loading its weights.
-
-    Raises:
-        SystemExit: if they cannot be loaded.
-    """
-    name, revision = decode.base_of(name, revision)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
-        code = {"code_revision": revision} if hasattr(config, "auto_map") else {}
-        with init_empty_weights():
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=True, **code)
-    except Exception as error:  # the hub, the folder and remote code fail in many ways
-        why = pt.first_line(error)
-        sys.exit(f"--model {name} cannot be loaded ({why}); give a hub id or a model folder")
-    return config, skeleton.get_input_embeddings().num_embeddings
-
-
-def model_identity(name, config):
-    """A text that differs between models: a hash of the folder's contents, or the hub's commit."""
-    if not os.path.isdir(name):
-        return f"{name}@{config._commit_hash}"
-    paths = sorted(path for path in Path(name).iterdir() if path.suffix in MODEL_FILES)
-    identity = digest(*(f"{path.name} {file_digest(path)}" for path in paths))
-    base, _ = decode.base_of(name, None)
-    return identity if base == name else digest(identity, model_identity(base, config))
-
-
-@torch.no_grad()
-def check_padding(args, model, prompts):
-    """Check that the model heeds attention_mask, if there are prompts that will be padded.
-
-    Raises:
-        SystemExit: if it does not.
-    """
-    if args.batch_size == 1 or len({len(prompt) for prompt in prompts}) == 1:
-        return
-    prompt_len = len(prompts[0])
-    rows = []
-    for pad_id in (prompts[0][0], prompts[0][-1]):
-        rows.append(prompts[0] + [pad_id] * 8)
-    input_ids = torch.tensor(rows, device=args.device)  # (2, L) the same but for the padding
-    attention_mask = torch.ones_like(input_ids)
-    attention_mask[:, prompt_len:] = 0
-    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits.float()  # (2, L, V)
-    one, other = logits[:, :prompt_len]
-    if (one - other).abs().max() > 1e-3 * one.abs().max():
-        sys.exit(
-            f"--model {args.model} ignores attention_mask, so padding would change answers; "
-            "give --batch_size 1"
-        )
-
-
-# ------------------------------------------------------------------- the evaluation in its folder
-
-
-def describe(args, options, config, task, requests, prompts):
-    """All that can change an answer or its verdict, and the versions of libraries, for JSON.
-
-    Paths and times are left out, so that a folder can be moved and its model copied.
-    """
-    problems = []
-    for request, prompt in zip(requests, prompts, strict=True):
-        problem = [request.doc, task.doc_to_target(request.doc), prompt, request.args[1]]
-        problems.append(json.dumps(problem, sort_keys=True, default=str))
-    grading = {}
-    for name in ("metric_list", "filter_list", "process_results"):
-        grading[name] = task.dump_config().get(name)  # its function as source
-    settings = {
-        **options,
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        "dtype": args.dtype,
-        "device": args.device.partition(":")[0],
-        "task": task.task_name,
-        "grading_sha256": digest(json.dumps(grading, default=lambda x: getattr(x, "__name__", ""))),
-        "count": len(requests),
-        "problems_sha256": digest(*problems),
-        "model": model_identity(args.model, config),
-    }
-    versions = {library: version(library) for library in LIBRARIES}
-    return {"settings": settings, "versions": versions}
-
-
-def claim(folder, description):
-    """Begin the evaluation in `folder`, or resume it. One without any answer is begun anew.
-
-    Raises:
-        SystemExit: if the folder has another evaluation, or something else.
-    """
-    path = folder / "settings.json"
-    begun = (folder / "summary.json").exists() or list((folder / "answers").iterdir())
-    if begun and not path.exists():
-        sys.exit(f"--output {folder} has answers but no settings.json; give another folder")
-    try:
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else description
-        before = before["settings"] | before["versions"]
-    except (ValueError, KeyError, TypeError):
-        sys.exit(f"{path} is damaged, or not of an evaluation; give another folder")
-    if not begun:
-        write_json(path, description)
-        return
-    now = description["settings"] | description["versions"]
-    changes = []
-    for name in before | now:
-        if before.get(name) != now.get(name):
-            changes.append(f"{name} was {before.get(name)!r}, now {now.get(name)!r}")
-    if changes:
-        sys.exit(
-            f"--output {folder} has an evaluation with other settings: {'; '.join(changes)}; "
-            "give the same settings, or another folder"
-        )
-
-
-# ------------------------------------------------------------------------------------ generation
-
-
-def share_cores(device):
-    """Divide a machine's cores among its processes: by default, each would use all of them."""
-    # DeepSpeed's launcher sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    if device == "cpu" and local_ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // local_ranks))
-
-
 def make_batches(prompts, batch_size):
     """Lists of problem numbers, longest prompts first: a batch that does not fit fails at once."""
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
@@ -394,9 +183,117 @@ def answer(batch, args, options, model, tokenizer, prompts):
     return records
 
 
-# ----------------------------------------------------------------------------------- the summary
+def cut(text, settings):
+    """`text` up to the first of the request's stop sequences."""
+    stops = settings.get("until") or []
+    for stop in [stops] if isinstance(stops, str) else stops:
+        if stop:
+            text = text.partition(stop)[0]
+    return text
 
 
+# ------- the evaluation
+def main(args):
+    """Evaluate as the flags say, and print the summary.
+
+    Returns:
+        the summary, a dict; None if other processes have not finished yet.
+    """
+    decode.set_device(args)
+    share_cores(args.device)
+    set_verbosity_error()
+    logging.getLogger("lm_eval").setLevel("ERROR")
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stderr(sys.stderr if first else nowhere):
+            evaluate(args)  # bars and warnings only on rank 0; a message of sys.exit on every rank
+    except Ended:
+        pass
+    except torch.OutOfMemoryError:
+        sys.exit(f"--batch_size {args.batch_size}: out of memory; give a lower one")
+    except OSError as error:
+        sys.exit(f"{pt.first_line(error)}; give the same command again when this is fixed")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; give the same command again to resume")
+    return report(args.output)
+
+
+def evaluate(args):
+    """Generate and grade the answers of the task; writes samples.jsonl and summary.json.
+
+    Raises:
+        Ended: if this process has nothing to grade.
+        SystemExit: if something does not suit.
+    """
+    task = load_task(args.dataset, args.task, args.num_fewshot)
+    if getattr(task, "UNSAFE_CODE", False) and not args.confirm_run_unsafe_code:
+        remedy = "give --confirm_run_unsafe_code, in a sandbox"
+        sys.exit(f"--task {args.task} runs the code that the model wrote; {remedy}")
+    if (args.output / "config.json").exists():
+        sys.exit(f"--output {args.output} is a model's folder; give another one")
+    (args.output / "answers").mkdir(parents=True, exist_ok=True)
+    if task.task_name.startswith("metamath"):
+        grade.check()
+    model = BlockDecoder(args, task)
+    results = run_harness(
+        model,
+        {"tasks": {task.task_name: task}},
+        limit=args.limit,
+        bootstrap_iters=0,
+        apply_chat_template=not args.no_chat_template,
+        fewshot_as_multiturn=True,
+        confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+    )
+    samples = results["samples"][task.task_name]
+    lines = [json.dumps(sample, default=str) + "\n" for sample in samples]
+    write_text(args.output / "samples.jsonl", "".join(lines))
+    summary = summarize(task, results, model.records) | model.description
+    write_json(args.output / "summary.json", summary)
+
+
+def load_task(dataset=None, task=None, num_fewshot=None):
+    """A task of lm-evaluation-harness with its problems: that of a `dataset`, or the one named.
+
+    Raises:
+        SystemExit: if it cannot be loaded, or has no problems, or is not generative.
+    """
+    given = f"--task {task}" if task else f"--dataset {dataset}"
+    spec = task or BENCHMARKS.get(dataset)
+    if spec is None:  # metamath of another file: the harness changes members of groups only
+        member = {"task": "metamath", "dataset_kwargs": {"path": str(dataset)}}
+        spec = {"group": "local", "task": [member]}
+    names = ", ".join(BENCHMARKS)
+    remedy = f"give --dataset {names} or a .jsonl file, or a --task of `lm_eval ls tasks`"
+    try:
+        # the harness's own index takes some seconds
+        harness = task is not None and not task.endswith((".yaml", ".yml"))
+        manager = TaskManager(include_path=str(TASKS), include_defaults=harness)
+        loaded = manager.load(spec)["tasks"]
+    except Exception as error:  # the hub, files and tasks fail in many ways
+        sys.exit(f"{given} cannot be loaded ({pt.first_line(error)}); {remedy}")
+    if len(loaded) > 1:
+        sys.exit(f"{given} is a group; give one of its tasks: {', '.join(loaded)}")
+    (loaded,) = loaded.values()
+    if loaded.OUTPUT_TYPE != "generate_until" or getattr(loaded, "MULTIMODAL", False):
+        sys.exit(f"{given} does not generate text from text; {remedy}")
+    if num_fewshot is not None:
+        if num_fewshot and num_fewshot >= len(loaded.fewshot_docs()):
+            sys.exit(f"--num_fewshot {num_fewshot}: more than {given} has; give a lower one")
+        loaded.set_config("num_fewshot", num_fewshot)
+    loaded.set_fewshot_seed(0)
+    return loaded
+
+
+def share_cores(device):
+    """Divide a machine's cores among its processes: by default, each would use all of them."""
+    # DeepSpeed's launcher sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if device == "cpu" and local_ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // local_ranks))
+
+
+# ------- the summary
 def summarize(task, results, records):
     """What the answers are worth, and what they cost.
 
@@ -464,65 +361,145 @@ def report(folder):
     return summary
 
 
-# ------------------------------------------------------------------------------------------ main
-
-
-def evaluate(args):
-    """Generate and grade the answers of the task; writes samples.jsonl and summary.json.
+# ------- the model
+def load_config(name, revision):
+    """The configuration of a model, and the number of its ids, without loading its weights.
 
     Raises:
-        Ended: if this process has nothing to grade.
-        SystemExit: if something does not suit.
+        SystemExit: if they cannot be loaded.
     """
-    task = load_task(args.dataset, args.task, args.num_fewshot)
-    if getattr(task, "UNSAFE_CODE", False) and not args.confirm_run_unsafe_code:
-        remedy = "give --confirm_run_unsafe_code, in a sandbox"
-        sys.exit(f"--task {args.task} runs the code that the model wrote; {remedy}")
-    if (args.output / "config.json").exists():
-        sys.exit(f"--output {args.output} is a model's folder; give another one")
-    (args.output / "answers").mkdir(parents=True, exist_ok=True)
-    if task.task_name.startswith("metamath"):
-        grade.check()
-    model = BlockDecoder(args, task)
-    results = run_harness(
-        model,
-        {"tasks": {task.task_name: task}},
-        limit=args.limit,
-        bootstrap_iters=0,
-        apply_chat_template=not args.no_chat_template,
-        fewshot_as_multiturn=True,
-        confirm_run_unsafe_code=args.confirm_run_unsafe_code,
-    )
-    samples = results["samples"][task.task_name]
-    lines = [json.dumps(sample, default=str) + "\n" for sample in samples]
-    write_text(args.output / "samples.jsonl", "".join(lines))
-    summary = summarize(task, results, model.records) | model.description
-    write_json(args.output / "summary.json", summary)
-
-
-def main(argv):
-    """Evaluate as the command line `argv`, a list of words, says.
-
-    Returns:
-        the summary, a dict; None if other processes have not finished yet.
-    """
-    args = parse_args(argv)
-    decode.set_device(args)
-    share_cores(args.device)
-    set_verbosity_error()
-    logging.getLogger("lm_eval").setLevel("ERROR")
+    name, revision = decode.base_of(name, revision)
     try:
-        evaluate(args)
-    except Ended:
-        pass
-    except torch.OutOfMemoryError:
-        sys.exit(f"--batch_size {args.batch_size}: out of memory; give a lower one")
-    except OSError as error:
-        sys.exit(f"{pt.first_line(error)}; give the same command again when this is mended")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; give the same command again to resume")
-    return report(args.output)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
+        code = {"code_revision": revision} if hasattr(config, "auto_map") else {}
+        with init_empty_weights():
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=True, **code)
+    except Exception as error:  # the hub, the folder and remote code fail in many ways
+        why = pt.first_line(error)
+        sys.exit(f"--model {name} cannot be loaded ({why}); give a hub id or a model folder")
+    return config, skeleton.get_input_embeddings().num_embeddings
+
+
+@torch.no_grad()
+def check_padding(args, model, prompts):
+    """Check that the model heeds attention_mask, if there are prompts that will be padded.
+
+    Raises:
+        SystemExit: if it does not.
+    """
+    if args.batch_size == 1 or len({len(prompt) for prompt in prompts}) == 1:
+        return
+    prompt_len = len(prompts[0])
+    rows = []
+    for pad_id in (prompts[0][0], prompts[0][-1]):
+        rows.append(prompts[0] + [pad_id] * 8)
+    input_ids = torch.tensor(rows, device=args.device)  # (2, L) the same but for the padding
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[:, prompt_len:] = 0
+    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits.float()  # (2, L, V)
+    one, other = logits[:, :prompt_len]
+    if (one - other).abs().max() > 1e-3 * one.abs().max():
+        sys.exit(
+            f"--model {args.model} ignores attention_mask, so padding would change answers; "
+            "give --batch_size 1"
+        )
+
+
+def model_identity(name, config):
+    """A text that differs between models: a hash of the folder's contents, or the hub's commit."""
+    if not os.path.isdir(name):
+        return f"{name}@{config._commit_hash}"
+    paths = sorted(path for path in Path(name).iterdir() if path.suffix in MODEL_FILES)
+    identity = digest(*(f"{path.name} {file_digest(path)}" for path in paths))
+    base, _ = decode.base_of(name, None)
+    return identity if base == name else digest(identity, model_identity(base, config))
+
+
+# ------- the evaluation in its folder
+def describe(args, options, config, task, requests, prompts):
+    """All that can change an answer or its verdict, and the versions of libraries, for JSON.
+
+    Paths and times are left out, so that a folder can be moved and its model copied.
+    """
+    problems = []
+    for request, prompt in zip(requests, prompts, strict=True):
+        problem = [request.doc, task.doc_to_target(request.doc), prompt, request.args[1]]
+        problems.append(json.dumps(problem, sort_keys=True, default=str))
+    grading = {}
+    for name in ("metric_list", "filter_list", "process_results"):
+        grading[name] = task.dump_config().get(name)  # its function as source
+    settings = {
+        **options,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "device": args.device.partition(":")[0],
+        "task": task.task_name,
+        "grading_sha256": digest(json.dumps(grading, default=lambda x: getattr(x, "__name__", ""))),
+        "count": len(requests),
+        "problems_sha256": digest(*problems),
+        "model": model_identity(args.model, config),
+    }
+    versions = {library: version(library) for library in LIBRARIES}
+    return {"settings": settings, "versions": versions}
+
+
+def claim(folder, description):
+    """Begin the evaluation in `folder`, or resume it. One without any answer is begun anew.
+
+    Raises:
+        SystemExit: if the folder has another evaluation, or something else.
+    """
+    path = folder / "settings.json"
+    begun = (folder / "summary.json").exists() or list((folder / "answers").iterdir())
+    if begun and not path.exists():
+        sys.exit(f"--output {folder} has answers but no settings.json; give another folder")
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else description
+        before = before["settings"] | before["versions"]
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"{path} is damaged, or not of an evaluation; give another folder")
+    if not begun:
+        write_json(path, description)
+        return
+    now = description["settings"] | description["versions"]
+    changes = []
+    for name in before | now:
+        if before.get(name) != now.get(name):
+            changes.append(f"{name} was {before.get(name)!r}, now {now.get(name)!r}")
+    if changes:
+        sys.exit(
+            f"--output {folder} has an evaluation with other settings: {'; '.join(changes)}; "
+            "give the same settings, or another folder"
+        )
+
+
+# ------- flags
+def parse_args(argv=None):
+    """The flags; ends with one message and status 2 if one is wrong."""
+    parser = suite.make_parser(__doc__)
+    decode.add_model_flags(parser)
+    decode.add_decoding_flags(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--dataset", help=f"{', '.join(BENCHMARKS)}, or a .jsonl file")
+    what.add_argument("--task", help="of lm-evaluation-harness; `lm_eval ls tasks` lists them")
+    add = parser.add_argument
+    files = "for answers, samples and summary"
+    add("--output", required=True, type=Path, metavar="DIR", help=files)
+    add("--limit", type=int, help="use only the first problems (all)")
+    add("--batch_size", type=int, default=16, help="answers at a time per process (%(default)s)")
+    add("--num_fewshot", type=int, help="worked examples in the prompt (the task's own number)")
+    add("--no_chat_template", action="store_true", help="plain prompts, for base models")
+    unsafe = "let a task run the code that the model wrote"
+    add("--confirm_run_unsafe_code", action="store_true", help=unsafe)
+    add("--local_rank", help=argparse.SUPPRESS)  # the launcher's
+    args = parser.parse_args(argv)
+    suite.check_lowest(parser, args, limit=1, batch_size=1, num_fewshot=0)
+    if args.dataset and args.num_fewshot:
+        parser.error(f"--num_fewshot {args.num_fewshot}: only with --task")
+    decode.check_flags(parser, args)
+    return args
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(parse_args())

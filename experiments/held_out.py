@@ -10,8 +10,9 @@ masked tokens, in nats; draws without a masked token are left out. The noise dep
 and --seed alone.
 
 Writes held_out.csv, with a line per model, block and t, and held_out.png.
+Guide: experiments/docs/evaluation.md
 
-Shapes: B draws, L = MAX_LEN tokens.
+Shapes: B draws, L = --max_len tokens.
 """
 
 import argparse
@@ -20,50 +21,15 @@ import io
 import math
 import os
 import sys
-from unittest import mock
-
-T_GRID = (0.1, 0.3, 0.5, 0.7, 0.9)
-COLUMNS = ("model", "block", "t", "draws", "tokens", "loss")
-
-
-def parse_args(argv):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="checkpoint, base or adapter; folder or hub id")
-    add("--data", required=True, metavar="FILE.pt", help="held-out rows, written by pt.py")
-    add("--output", default="held_out", help="beginning of the two files' names (%(default)s)")
-    add("--limit", type=int, default=10**6, help="use only the first rows (all)")
-    add("--block_size", type=int, default=32, help="tokens per block (%(default)s)")
-    add("--max_len", type=int, default=256, help="tokens; longer rows are cut (%(default)s)")
-    add("--batch_size", type=int, default=16, help="draws per forward pass (%(default)s)")
-    add("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    add("--dtype", choices=("bfloat16", "float32"), help="(bfloat16 on a GPU, else float32)")
-    add("--device", help="cpu, cuda, cuda:1, ... (cuda if there is a GPU)")
-    args = parser.parse_args(argv)
-    lowest = {"limit": 1, "block_size": 1, "max_len": 2, "batch_size": 1, "seed": 0}
-    for name, least in lowest.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
-    if not os.path.isdir(os.path.dirname(args.output) or "."):
-        parser.error(f"--output {args.output}: its folder does not exist; make it, or give another")
-    for ending in ("csv", "png"):
-        if os.path.exists(f"{args.output}.{ending}"):
-            parser.error(f"--output {args.output}: {args.output}.{ending} exists; give another")
-    return args
-
-
-if __name__ == "__main__":  # before the slow imports: --help and a wrong flag answer at once
-    ARGS = parse_args(sys.argv[1:])
 
 import decode
 import evaluate
 import numpy as np
 import plot
-import suite  # noqa: F401 (pt.py and the trainers are one folder up)
+import suite
 import torch
-from files import write_text
 from matplotlib.figure import Figure
+from suite import write_text
 from torch.nn.functional import pad
 from tqdm import tqdm
 from transformers.utils.logging import set_verbosity_error
@@ -71,25 +37,45 @@ from transformers.utils.logging import set_verbosity_error
 import pt
 import train_blockwise
 
-# -------------------------------------------------------------------------------------- the loss
+T_GRID = (0.1, 0.3, 0.5, 0.7, 0.9)
+COLUMNS = ("model", "block", "t", "draws", "tokens", "loss")
 
 
-def load_rows(args):
-    """The rows of --data with an answer, as train_blockwise.py loads them: [(prompt_len, ids)].
+# ------- the loss
+@torch.no_grad()
+def held_out_loss(model, name, rows, mask_id, args):
+    """The loss of a model by block and t: [a dict with COLUMNS].
 
-    Raises:
-        SystemExit: if it is not such a file, or has none.
+    Args:
+        name: of the model.
+        rows: as `load_rows` gives them.
+        args: block_size, max_len, batch_size and seed.
     """
-    constants = {"DATA_PT": args.data, "MAX_SAMPLES": args.limit, "MAX_LEN": args.max_len}
-    try:
-        with mock.patch.multiple(train_blockwise, **constants):
-            examples = train_blockwise.load_examples()
-    except Exception as error:  # missing, damaged, or not a list of such rows
-        sys.exit(f"--data {args.data} is not what pt.py writes ({error!r:.200}); run pt.py")
-    rows = [(prompt_len, ids) for prompt_len, ids in examples if prompt_len < len(ids)]
-    if not rows:
-        sys.exit(f"--data {args.data} has no rows with an answer in {args.max_len} tokens")
-    return rows
+    constants = argparse.Namespace(
+        MASK_ID=mask_id,
+        BLOCK_SIZE=args.block_size,
+        MASK_PROB_EPS=0.0,  # noise gives t itself
+        PREFIX_MASK_RATE=0.0,
+        SUFFIX_MASK_PROB=1.0,
+        MASK_PADDING=True,
+    )
+    totals = {}
+    bar = tqdm(list_batches(rows, args), unit=" batches", desc=f"loss of {os.path.basename(name)}")
+    for block, t, numbers in bar:
+        batch = make_draws(args, constants, rows, numbers, block, t)
+        loss_mask = batch[2]
+        if not loss_mask.any():
+            continue
+        loss = train_blockwise.supervised_loss(constants, model, *batch).item() * len(numbers)
+        total = totals.setdefault((block, t), {"draws": 0, "tokens": 0, "loss": 0.0})
+        total["draws"] += int(loss_mask.any(1).sum())
+        total["tokens"] += int(loss_mask.sum())
+        total["loss"] += loss
+    lines = []
+    for (block, t), total in totals.items():
+        loss = total["loss"] / total["draws"]
+        lines.append({"model": name, "block": block, "t": t, **total, "loss": loss})
+    return lines
 
 
 def list_batches(rows, args):
@@ -106,8 +92,12 @@ def list_batches(rows, args):
     return batches
 
 
-def make_draws(rows, numbers, block, t, args):
-    """input_ids, noisy_ids and loss_mask, (B, L) each, of one block of these rows at one t."""
+def make_draws(args, constants, rows, numbers, block, t):
+    """input_ids, noisy_ids and loss_mask, (B, L) each, of one block of these rows at one t.
+
+    args: block_size, max_len and seed.
+    constants: of train_blockwise.py, for its `corrupt`.
+    """
     chosen = [rows[number] for number in numbers]
     padded = [pad(ids, (0, args.max_len - len(ids))) for _, ids in chosen]  # shown as [MASK]
     input_ids = torch.stack(padded)  # (B, L)
@@ -119,39 +109,10 @@ def make_draws(rows, numbers, block, t, args):
         noise.append(rng.random(1 + args.max_len, np.float32))
     noise = torch.from_numpy(np.stack(noise))  # (B, 1 + L)
     noise[:, 0] = t
-    block = torch.full_like(length, block)  # (B, 1)
-    return input_ids, *train_blockwise.corrupt(input_ids, prompt_len, length, block, noise)
-
-
-@torch.no_grad()
-def held_out_loss(model, name, rows, mask_id, args):
-    """The loss of a model by block and t: [a dict with COLUMNS].
-
-    Args:
-        name: of the model.
-        rows: as `load_rows` gives them.
-        args: block_size, max_len, batch_size and seed.
-    """
-    constants = {"MASK_ID": mask_id, "BLOCK_SIZE": args.block_size, "MASK_PROB_EPS": 0.0}
-    constants |= {"PREFIX_MASK_RATE": 0.0, "SUFFIX_MASK_PROB": 1.0, "MASK_PADDING": True}
-    totals = {}
-    bar = tqdm(list_batches(rows, args), unit=" batches", desc=f"loss of {os.path.basename(name)}")
-    for block, t, numbers in bar:
-        with mock.patch.multiple(train_blockwise, **constants):
-            batch = make_draws(rows, numbers, block, t, args)
-            loss_mask = batch[2]
-            if not loss_mask.any():
-                continue
-            loss = train_blockwise.supervised_loss(model, *batch).item() * len(numbers)
-        total = totals.setdefault((block, t), {"draws": 0, "tokens": 0, "loss": 0.0})
-        total["draws"] += int(loss_mask.any(1).sum())
-        total["tokens"] += int(loss_mask.sum())
-        total["loss"] += loss
-    lines = []
-    for (block, t), total in totals.items():
-        loss = total["loss"] / total["draws"]
-        lines.append({"model": name, "block": block, "t": t, **total, "loss": loss})
-    return lines
+    offset = torch.full_like(length, block * args.block_size)  # (B, 1)
+    return input_ids, *train_blockwise.corrupt(
+        constants, input_ids, prompt_len, length, offset, noise
+    )
 
 
 def mean_loss(lines):
@@ -161,49 +122,7 @@ def mean_loss(lines):
     return float(np.average(losses, weights=draws))
 
 
-# ------------------------------------------------------------------------------------------ main
-
-
-def check_model(name, rows, args):
-    """The mask token's id of a model, without loading its weights.
-
-    Raises:
-        SystemExit: if it is no masked diffusion model, or does not belong to the data.
-    """
-    tokenizer = pt.load_tokenizer(*decode.base_of(name, "main"))
-    config, vocabulary = evaluate.load_config(name, "main")
-    if getattr(config, "block_causal", None) or getattr(config, "logit_shift", None):
-        sys.exit(f"--model {name} attends block by block or predicts the next token; give another")
-    largest = max(int(ids.max()) for _, ids in rows)
-    if largest >= vocabulary:
-        sys.exit(f"--data {args.data} has id {largest}, {name} only {vocabulary} ids; run pt.py")
-    return decode.special_ids(name, config, tokenizer, vocabulary)["mask_id"]
-
-
-def write_csv(path, lines):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_text(path, text.getvalue())
-
-
-def draw(lines):
-    """A figure of the loss by block and by t, a curve per model."""
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    for axes, column in zip(figure.subplots(1, 2), ("block", "t"), strict=True):
-        for name in dict.fromkeys(line["model"] for line in lines):
-            own = [line for line in lines if line["model"] == name]
-            places = sorted({line[column] for line in own})
-            means = [mean_loss([x for x in own if x[column] == place]) for place in places]
-            axes.plot(places, means, marker="o", label=name)
-        axes.set_xlabel(column)
-    figure.axes[0].set_ylabel("held-out loss (nats per token)")
-    figure.axes[0].xaxis.get_major_locator().set_params(integer=True)
-    figure.axes[1].legend(fontsize="small")
-    return figure
-
-
+# ------- main
 def main(args):
     decode.set_device(args)
     set_verbosity_error()
@@ -230,5 +149,87 @@ def main(args):
     print(f"wrote {args.output}.csv and {args.output}.png")
 
 
+def load_rows(args):
+    """The rows of --data with an answer, as train_blockwise.py loads them: [(prompt_len, ids)].
+
+    Raises:
+        SystemExit: if it is not such a file, or has none.
+    """
+    constants = argparse.Namespace(DATA_PT=args.data, MAX_SAMPLES=args.limit, MAX_LEN=args.max_len)
+    try:
+        examples = train_blockwise.load_examples(constants)
+    except Exception as error:  # missing, damaged, or not a list of such rows
+        sys.exit(f"--data {args.data} is not what pt.py writes ({error!r:.200}); run pt.py")
+    rows = [(prompt_len, ids) for prompt_len, ids in examples if prompt_len < len(ids)]
+    if not rows:
+        sys.exit(f"--data {args.data} has no rows with an answer in {args.max_len} tokens")
+    return rows
+
+
+def check_model(name, rows, args):
+    """The mask token's id of a model, without loading its weights.
+
+    Raises:
+        SystemExit: if it is no masked diffusion model, or does not belong to the data.
+    """
+    tokenizer = pt.load_tokenizer(*decode.base_of(name, "main"))
+    config, vocabulary = evaluate.load_config(name, "main")
+    if getattr(config, "block_causal", None) or getattr(config, "logit_shift", None):
+        sys.exit(f"MODEL {name} attends block by block or predicts the next token; give another")
+    largest = max(int(ids.max()) for _, ids in rows)
+    if largest >= vocabulary:
+        sys.exit(f"--data {args.data} has id {largest}, {name} only {vocabulary} ids; run pt.py")
+    return decode.special_ids(name, config, tokenizer, vocabulary)["mask_id"]
+
+
+# ------- the CSV and the figure
+def write_csv(path, lines):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(path, text.getvalue())
+
+
+def draw(lines):
+    """A figure of the loss by block and by t, a curve per model."""
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    for axes, column in zip(figure.subplots(1, 2), ("block", "t"), strict=True):
+        for name in dict.fromkeys(line["model"] for line in lines):
+            own = [line for line in lines if line["model"] == name]
+            places = sorted({line[column] for line in own})
+            means = [mean_loss([x for x in own if x[column] == place]) for place in places]
+            axes.plot(places, means, marker="o", label=name)
+        axes.set_xlabel(column)
+    figure.axes[0].set_ylabel("held-out loss (nats per token)")
+    figure.axes[0].xaxis.get_major_locator().set_params(integer=True)
+    figure.axes[1].legend(fontsize="small")
+    return figure
+
+
+# ------- flags
+def parse_args(argv=None):
+    """The flags; ends with one message and status 2 if one is wrong."""
+    parser = suite.make_parser(__doc__)
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="checkpoint, base or adapter; folder or hub id")
+    add("--data", required=True, metavar="FILE.pt", help="held-out rows, written by pt.py")
+    add("--output", default="held_out", help="beginning of the two files' names (%(default)s)")
+    add("--limit", type=int, default=10**6, help="use only the first rows (all)")
+    add("--block_size", type=int, default=32, help="tokens per block (%(default)s)")
+    add("--max_len", type=int, default=256, help="tokens; longer rows are cut (%(default)s)")
+    add("--batch_size", type=int, default=16, help="draws per forward pass (%(default)s)")
+    add("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    decode.add_device_flags(parser)
+    args = parser.parse_args(argv)
+    suite.check_lowest(parser, args, limit=1, block_size=1, max_len=2, batch_size=1, seed=0)
+    if not os.path.isdir(os.path.dirname(args.output) or "."):
+        parser.error(f"--output {args.output}: its folder does not exist; make it, or give another")
+    for ending in ("csv", "png"):
+        if os.path.exists(f"{args.output}.{ending}"):
+            parser.error(f"--output {args.output}: {args.output}.{ending} exists; give another")
+    return args
+
+
 if __name__ == "__main__":
-    main(ARGS)
+    main(parse_args())

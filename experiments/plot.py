@@ -5,14 +5,35 @@
     python experiments/plot.py studies experiments/runs/study/results.csv --output figures
 
 Losses are drawn raw and smoothed. A raw loss says little, as t is drawn anew for each row: the
-smoothed one is the mean over --smooth steps.
+smoothed one is the mean over --smooth steps. A study's figure has a panel for each way of decoding.
+A panel has a line for each setting: the mean with its 95 % interval, and below it all seeds.
 """
 
-import argparse
 import csv
 import math
 import os
 import sys
+from collections import Counter
+from statistics import fmean, stdev
+
+import suite
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+COLOURS = {  # of the methods, the same in all figures
+    "blockwise": "tab:blue",
+    "fullseq": "tab:orange",
+    "rest": "tab:red",
+    "span": "tab:purple",
+    "lift": "tab:green",
+    "lift-block": "tab:olive",
+    "opdlm": "tab:pink",
+    "own-random": "tab:cyan",
+    "distill": "tab:brown",
+    "sft-teacher": "navy",
+    "sft-data": "goldenrod",
+}
+MARKERS = "osD^vP*X"  # of the settings of a method
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (tables in any statistics book)
 T_975 = [
@@ -23,46 +44,119 @@ T_975 = [
 COLUMNS = ("study", "method", "setting", "block_length", "tokens_per_step", "accuracy")
 SOURCES = "give a CSV that a training run or a study wrote"
 
-
-def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    losses = kinds.add_parser("losses", help="of train_loss.csv files")
-    losses.add_argument("csv", nargs="+", help="train_loss.csv of a run")
-    losses.add_argument("--output", default="losses.png", help="file (%(default)s)")
-    losses.add_argument("--smooth", type=int, default=10, help="steps (%(default)s)")
-    studies = kinds.add_parser("studies", help="of a results.csv")
-    studies.add_argument("csv", help="results.csv of study.py")
-    studies.add_argument("--output", default=".", help="folder, one PNG per study (%(default)s)")
-    args = parser.parse_args(argv)
-    if args.kind == "losses" and args.smooth < 1:
-        parser.error(f"--smooth {args.smooth}: must be at least 1")
-    return args
+# ------- studies
 
 
-if __name__ == "__main__":  # before the slow imports: --help and a wrong flag answer at once
-    ARGS = parse_args(sys.argv[1:])
+def draw_studies(rows, folder):
+    """Write a PNG for each study in `rows`, the lines of results.csv; returns their paths."""
+    paths = []
+    for study in dict.fromkeys(row["study"] for row in rows):
+        figure = draw_study(study, [row for row in rows if row["study"] == study])
+        paths.append(save(figure, os.path.join(folder, f"{study}.png")))
+    return paths
 
-from matplotlib.figure import Figure
-from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------- numbers
+def draw_study(study, rows):
+    """A figure of one study's `rows`: a panel for each way of decoding, a line for each setting."""
+    decodings = {}
+    for row in rows:
+        decodings.setdefault(decoding_name(row), []).append(row)
+    labels = [list(dict.fromkeys(label(row) for row in alike)) for alike in decodings.values()]
+    paces = sorted({int(row["tokens_per_step"]) for row in rows})
+    heights = [0.8 + 0.27 * len(names) for names in labels]
+    figure = Figure(figsize=(2 + 3 * len(paces), sum(heights)), layout="constrained")
+    shape = (len(decodings), len(paces))
+    panels = figure.subplots(*shape, squeeze=False, sharex=True, height_ratios=heights)
+    styles = make_styles(rows)
+    for line, names, (decoding, alike) in zip(panels, labels, decodings.items(), strict=True):
+        for axes, pace in zip(line, paces, strict=True):
+            here = [row for row in alike if int(row["tokens_per_step"]) == pace]
+            draw_panel(axes, here, {name: styles[name] for name in names})
+            axes.set_title(f"decoding {decoding}, {pace_name(pace)}", fontsize="small")
+            axes.label_outer()
+            axes.tick_params(labelbottom=True)
+    figure.supxlabel("accuracy (%)", fontsize="small")
+    figure.suptitle(study, fontsize="medium")
+    return figure
+
+
+def make_styles(rows):
+    """{label: (colour, marker)}: a colour tells the method, a marker its setting."""
+    styles = {}
+    count = Counter()  # of each method's settings
+    for row in rows:
+        method = row["method"]
+        if label(row) not in styles:
+            marker = MARKERS[count[method] % len(MARKERS)]
+            styles[label(row)] = COLOURS.get(method, "black"), marker
+            count[method] += 1
+    return styles
+
+
+def draw_panel(axes, rows, styles):
+    """One way of decoding: a line per label with mean, 95 % interval and seeds; the base dashed."""
+    for place, (text, (color, marker)) in enumerate(styles.items()):
+        values = [100 * float(row["accuracy"]) for row in rows if label(row) == text]
+        if text == "base" and values:
+            axes.axvline(values[0], color="grey", linestyle="--", linewidth=0.9)
+        if not values or text == "base":
+            continue
+        mean, half = mean_interval(values)
+        bar = 0 if math.isnan(half) else half
+        axes.errorbar(mean, place, xerr=bar, fmt=marker, color=color, capsize=3, markersize=4)
+        below = [place + 0.25] * len(values)
+        axes.plot(values, below, ".", color=color, alpha=0.5, markersize=4)
+    axes.set_yticks(range(len(styles)), styles)
+    axes.set_ylim(len(styles) - 0.5, -0.5)
+    axes.tick_params(labelsize="x-small")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def label(row):
+    """A setting's name beside its points."""
+    return f"{row['method']} {row['setting']}".strip()
+
+
+def decoding_name(row):
+    """How the answers of a line were decoded, without the tokens per step."""
+    last = ", end tokens last" if row.get("end_tokens_last") in (1, "1") else ""
+    return f"block {row['block_length']}{last}"
+
+
+def pace_name(tokens_per_step):
+    """How many tokens a step commits, as text; 0 stands for a threshold."""
+    return f"{tokens_per_step} per step" if tokens_per_step else "by threshold"
 
 
 def mean_interval(values):
     """The mean, and half the width of its 95 % interval (Student's); nan for a single value."""
     count = len(values)
-    mean = sum(values) / count
     if count < 2:
-        return mean, math.nan
+        return fmean(values), math.nan
     freedom = count - 1
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / freedom)
     quantile = T_975[freedom - 1] if freedom <= len(T_975) else 1.96 + 2.4 / freedom
-    return mean, quantile * deviation / math.sqrt(count)
+    return fmean(values), quantile * stdev(values) / math.sqrt(count)
+
+
+# ------- losses
+
+
+def draw_losses(paths, output, smooth):
+    """Write one PNG with the loss curves of `paths`, each named after its folder; returns it."""
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    for number, path in enumerate(tqdm(paths, unit=" curves", desc="plot")):
+        rows = read_csv(path, ("step", "loss"))
+        steps = numbers(path, rows, "step")
+        losses = numbers(path, rows, "loss")
+        name = os.path.basename(os.path.dirname(os.path.abspath(path))).removesuffix("_logs")
+        axes.plot(steps, losses, color=f"C{number}", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smoothed(losses, smooth), color=f"C{number}", label=name)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("cross-entropy of masked tokens (nats per token)")
+    axes.set_title(f"raw, and mean of {smooth} steps", fontsize="medium")
+    axes.legend()
+    return save(figure, output)
 
 
 def smoothed(values, width):
@@ -72,6 +166,9 @@ def smoothed(values, width):
         window = values[max(0, end - width) : end]
         means.append(sum(window) / len(window))
     return means
+
+
+# ------- files
 
 
 def read_csv(path, columns):
@@ -108,9 +205,6 @@ def numbers(path, rows, column):
     return values
 
 
-# --------------------------------------------------------------------------------------- figures
-
-
 def save(figure, path):
     """Write a figure, which appears only when it is whole; returns its path.
 
@@ -125,91 +219,7 @@ def save(figure, path):
     return path
 
 
-def draw_losses(paths, output, smooth):
-    """Write one PNG with the loss curves of `paths`, each named after its folder; returns it."""
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    for number, path in enumerate(tqdm(paths, unit=" curves", desc="plot")):
-        rows = read_csv(path, ("step", "loss"))
-        steps = numbers(path, rows, "step")
-        losses = numbers(path, rows, "loss")
-        name = os.path.basename(os.path.dirname(os.path.abspath(path))).removesuffix("_logs")
-        axes.plot(steps, losses, color=f"C{number}", alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smoothed(losses, smooth), color=f"C{number}", label=name)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("cross-entropy of masked tokens (nats per token)")
-    axes.set_title(f"raw, and mean of {smooth} steps", fontsize="medium")
-    axes.legend()
-    return save(figure, output)
-
-
-def draw_studies(rows, folder):
-    """Write a PNG for each study in `rows`, the lines of results.csv; returns their paths."""
-    paths = []
-    for study in dict.fromkeys(row["study"] for row in rows):
-        figure = draw_study(study, [row for row in rows if row["study"] == study])
-        paths.append(save(figure, os.path.join(folder, f"{study}.png")))
-    return paths
-
-
-def draw_study(study, rows):
-    """A figure of one study's `rows`: a panel for each way of decoding, a line for each setting."""
-    decodings = {}
-    for row in rows:
-        decodings.setdefault(decoding_name(row), []).append(row)
-    labels = [list(dict.fromkeys(label(row) for row in alike)) for alike in decodings.values()]
-    tokens_per_step = sorted({int(row["tokens_per_step"]) for row in rows})
-    heights = [0.8 + 0.27 * len(names) for names in labels]
-    figure = Figure(figsize=(2 + 3 * len(tokens_per_step), sum(heights)), layout="constrained")
-    shape = (len(decodings), len(tokens_per_step))
-    panels = figure.subplots(*shape, squeeze=False, height_ratios=heights)
-    for line, names, (decoding, alike) in zip(panels, labels, decodings.items(), strict=True):
-        for axes, tokens in zip(line, tokens_per_step, strict=True):
-            draw_panel(axes, [row for row in alike if int(row["tokens_per_step"]) == tokens], names)
-            axes.set_title(f"decoding {decoding}, {pace_name(tokens)}", fontsize="small")
-            axes.label_outer()
-            axes.tick_params(labelbottom=True)
-    figure.supxlabel("accuracy (%)", fontsize="small")
-    figure.suptitle(study, fontsize="medium")
-    return figure
-
-
-def decoding_name(row):
-    """How the answers of a line were decoded, without the tokens per step."""
-    last = ", end tokens last" if row.get("end_tokens_last") in (1, "1") else ""
-    return f"block {row['block_length']}{last}"
-
-
-def pace_name(tokens_per_step):
-    """How many tokens a step commits, as text; 0 stands for a threshold."""
-    return f"{tokens_per_step} per step" if tokens_per_step else "by threshold"
-
-
-def label(row):
-    """A setting's name beside its points."""
-    return f"{row['method']} {row['setting']}".strip()
-
-
-def draw_panel(axes, rows, labels):
-    """One way of decoding: a line per label with mean, 95 % interval and seeds; the base dashed."""
-    for place, text in enumerate(labels):
-        values = [100 * float(row["accuracy"]) for row in rows if label(row) == text]
-        if text == "base" and values:
-            axes.axvline(values[0], color="grey", linestyle="--", linewidth=0.9)
-        if not values or text == "base":
-            continue
-        mean, half = mean_interval(values)
-        bar = 0 if math.isnan(half) else half
-        color = f"C{place}"
-        axes.errorbar(mean, place, xerr=bar, fmt="o", color=color, capsize=3, markersize=4)
-        below = [place + 0.25] * len(values)
-        axes.plot(values, below, ".", color=color, alpha=0.5, markersize=4)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.tick_params(labelsize="x-small")
-
-
-# ------------------------------------------------------------------------------------------ main
+# ------- main
 
 
 def main(args):
@@ -226,5 +236,21 @@ def main(args):
     print(f"wrote {', '.join(draw_studies(rows, args.output))}")
 
 
+def parse_args(argv=None):
+    parser = suite.make_parser(__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    losses = kinds.add_parser("losses", help="of train_loss.csv files")
+    losses.add_argument("csv", nargs="+", help="train_loss.csv of a run")
+    losses.add_argument("--output", default="losses.png", help="file (%(default)s)")
+    losses.add_argument("--smooth", type=int, default=10, help="steps (%(default)s)")
+    studies = kinds.add_parser("studies", help="of a results.csv")
+    studies.add_argument("csv", help="results.csv of study.py")
+    studies.add_argument("--output", default=".", help="folder, one PNG per study (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.kind == "losses":
+        suite.check_lowest(parser, args, smooth=1)
+    return args
+
+
 if __name__ == "__main__":
-    main(ARGS)
+    main(parse_args())

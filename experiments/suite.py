@@ -1,8 +1,12 @@
-"""Where the suite is, and how its scripts are started as a user would start them.
+"""What the scripts of this folder share: where the suite is, their flags, how a user would start
+them, hashes, and files that appear only when they are whole.
 
-The other scripts of this folder import it before `pt` and the trainers, which lie one folder up.
+They import it before `pt` and the trainers, which lie one folder up.
 """
 
+import argparse
+import hashlib
+import json
 import os
 import socket
 import subprocess
@@ -11,6 +15,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+def make_parser(doc):
+    """A parser of flags for a script; its --help begins with the script's docstring `doc`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
+
+
+def check_lowest(parser, args, **lowest):
+    """End with the parser's message if a flag that was given is below its lowest value."""
+    for name, least in lowest.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} {value}: must be at least {least}")
 
 
 def launcher(ranks):
@@ -44,3 +62,32 @@ def run(command, folder=".", output=None, **environment):
     command = [str(word) for word in command]
     env = user_environment(**environment)
     return subprocess.run(command, cwd=folder, env=env, stdout=output, stderr=output).returncode
+
+
+def digest(*texts):
+    """The sha256 of texts, in hexadecimal."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def file_digest(path):
+    """The sha256 of a file's contents, in hexadecimal."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 24):  # a checkpoint's shard need not fit in memory
+            total.update(piece)
+    return total.hexdigest()
+
+
+def write_text(path, text):
+    """Write `text` to `path`. A reader sees the old file or the whole new one, never a part."""
+    partial = f"{path}.{os.getpid()}.partial"  # other processes may write it too
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path, content):
+    """Write `content` as JSON to `path`, in the same way."""
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -2,24 +2,24 @@
 
     python experiments/toy.py                # three to seven minutes on two cores
 
-Builds the toy task and its base (chains.py), writes the .pt files (pt.py), trains with both methods
-at equal compute, measures the held-out loss of the base and both checkpoints (held_out.py), decodes
-test problems with them (evaluate.py), and prints a table. Everything goes to experiments/runs/toy,
-or to toy-v2 and so on if that exists.
+Builds the toy task and its base (toy_task/chains.py), writes the .pt files (pt.py), trains with
+both methods at equal compute, measures the held-out loss of the base and both checkpoints
+(held_out.py), decodes test problems with them (evaluate.py), and prints a table. Everything goes to
+experiments/runs/toy, or to toy-v2 and so on if that exists.
+Guide: README.md, "Quick start"
 """
 
-import argparse
 import csv
 import json
 import sys
 import time
 from pathlib import Path
 
-import chains
 import held_out
 import plot
 import suite
 import torch
+from toy_task import chains
 
 EXPERIMENTS = Path(__file__).resolve().parent
 TRAINERS = ("blockwise", "fullseq")
@@ -46,90 +46,7 @@ DECODING = {
 }
 
 
-def execute(command, folder):
-    """Run a command line in `folder` as a user would; returns the seconds it took.
-
-    Raises:
-        SystemExit: if it fails.
-    """
-    command = [str(word) for word in command]
-    print(f"\n$ {' '.join(command)}", flush=True)
-    start = time.time()
-    status = suite.run(command, folder, HF_HUB_OFFLINE="1")
-    if status:
-        script = next(word for word in command if word.endswith(".py"))
-        sys.exit(f"{script} ended with status {status}, see above; what was made is in {folder}")
-    return time.time() - start
-
-
-def preprocess(split, folder):
-    """Make {split}.pt from data/{split}.jsonl."""
-    script = suite.ROOT / "pt.py"
-    paths = {"model": "model", "dataset": f"data/{split}.jsonl", "output": f"{split}.pt"}
-    execute([sys.executable, script, *suite.flags(paths)], folder)
-
-
-def train(method, folder, ranks):
-    """Train with train_{method}.py through the launcher; returns the seconds it took."""
-    constants = {"MODEL_NAME": "model", "DATA_PT": "train.pt", "CKPT_DIR": method, **TRAINING}
-    if method == "blockwise":
-        constants["BLOCK_SIZE"] = BLOCK_SIZE
-    script = suite.ROOT / f"train_{method}.py"
-    return execute([*suite.launcher(ranks), script, *suite.flags(constants)], folder)
-
-
-def evaluate(model, folder):
-    """Decode test problems with the model folder `model`; returns the accuracy."""
-    script = EXPERIMENTS / "evaluate.py"
-    paths = {"model": model, "dataset": "data/test.jsonl", "output": f"{model}_answers"}
-    execute([sys.executable, script, *suite.flags(paths | DECODING)], folder)
-    summary = json.loads((folder / f"{model}_answers" / "summary.json").read_text())
-    return summary["accuracy"]
-
-
-def held_out_losses(models, folder):
-    """The losses of model folders on blocks of test problems (held_out.py)."""
-    words = suite.flags(HELD_OUT | {"data": "test.pt"})
-    execute([sys.executable, EXPERIMENTS / "held_out.py", *models, *words], folder)
-    lines = plot.read_csv(folder / "held_out.csv", held_out.COLUMNS)
-    return {
-        model: held_out.mean_loss([line for line in lines if line["model"] == model])
-        for model in models
-    }
-
-
-def checkpoint_name(method, folder):
-    """The checkpoint that the training run with this method has written."""
-    budget = json.loads((folder / f"{method}_logs" / "run_config.json").read_text())["budget"]
-    return f"{method}_step{budget['steps']:04d}"
-
-
-def summarize(method, seconds, folder):
-    """What a training run did, from its logs."""
-    logs = folder / f"{method}_logs"
-    budget = json.loads((logs / "run_config.json").read_text())["budget"]
-    with open(logs / "train_loss.csv") as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    checkpoint = folder / checkpoint_name(method, folder)
-    size = sum(path.stat().st_size for path in checkpoint.iterdir())
-    return {
-        "steps": budget["steps"],
-        "loss, first 5 steps": f"{sum(losses[:5]) / 5:.2f}",
-        "last 5 steps": f"{sum(losses[-5:]) / 5:.2f}",
-        "supervised tokens": f"{budget['supervised_tokens']:,}",
-        "checkpoint": f"{size / 1e6:.0f} MB",
-        "time": f"{seconds:.0f} s",
-    }
-
-
-def print_table(rows):
-    """The rows, dicts whose missing cells stay empty, in the order of the last one's columns."""
-    columns = list(rows[-1])
-    print("\n" + " | ".join(columns))
-    for row in rows:
-        print(" | ".join(str(row.get(name, "")).rjust(len(name)) for name in columns))
-
-
+# ------- the run
 def run(folder, ranks):
     """Build, preprocess, train with both methods, decode with base and checkpoints, compare."""
     start = time.time()
@@ -160,6 +77,70 @@ def run(folder, ranks):
     print(f"All of it took {time.time() - start:.0f} s; everything is in {folder}")
 
 
+def main(args):
+    folder = unused(EXPERIMENTS / "runs" / "toy")
+    run(folder, args.ranks or torch.cuda.device_count() or 2)
+
+
+# ------- its steps
+def preprocess(split, folder):
+    """Make {split}.pt from data/{split}.jsonl."""
+    script = suite.ROOT / "pt.py"
+    paths = {"model": "model", "dataset": f"data/{split}.jsonl", "output": f"{split}.pt"}
+    execute([sys.executable, script, *suite.flags(paths)], folder)
+
+
+def train(method, folder, ranks):
+    """Train with train_{method}.py through the launcher; returns the seconds it took."""
+    constants = {"MODEL_NAME": "model", "DATA_PT": "train.pt", "CKPT_DIR": method, **TRAINING}
+    if method == "blockwise":
+        constants["BLOCK_SIZE"] = BLOCK_SIZE
+    script = suite.ROOT / f"train_{method}.py"
+    return execute([*suite.launcher(ranks), script, *suite.flags(constants)], folder)
+
+
+def held_out_losses(models, folder):
+    """The losses of model folders on blocks of test problems (held_out.py)."""
+    words = suite.flags(HELD_OUT | {"data": "test.pt"})
+    execute([sys.executable, EXPERIMENTS / "held_out.py", *models, *words], folder)
+    lines = plot.read_csv(folder / "held_out.csv", held_out.COLUMNS)
+    return {
+        model: held_out.mean_loss([line for line in lines if line["model"] == model])
+        for model in models
+    }
+
+
+def evaluate(model, folder):
+    """Decode test problems with the model folder `model`; returns the accuracy."""
+    script = EXPERIMENTS / "evaluate.py"
+    paths = {"model": model, "dataset": "data/test.jsonl", "output": f"{model}_answers"}
+    execute([sys.executable, script, *suite.flags(paths | DECODING)], folder)
+    summary = json.loads((folder / f"{model}_answers" / "summary.json").read_text())
+    return summary["accuracy"]
+
+
+def execute(command, folder):
+    """Run a command line in `folder` as a user would; returns the seconds it took.
+
+    Raises:
+        SystemExit: if it fails.
+    """
+    command = [str(word) for word in command]
+    print(f"\n$ {' '.join(command)}", flush=True)
+    start = time.time()
+    status = suite.run(command, folder, HF_HUB_OFFLINE="1")
+    if status:
+        script = next(word for word in command if word.endswith(".py"))
+        sys.exit(f"{script} ended with status {status}, see above; what was made is in {folder}")
+    return time.time() - start
+
+
+def checkpoint_name(method, folder):
+    """The checkpoint that the training run with this method has written."""
+    budget = json.loads((folder / f"{method}_logs" / "run_config.json").read_text())["budget"]
+    return f"{method}_step{budget['steps']:04d}"
+
+
 def unused(path):
     """`path`, or the first of path-v2, path-v3, ... that does not exist."""
     free = path
@@ -170,22 +151,42 @@ def unused(path):
     return free
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+# ------- the table
+def summarize(method, seconds, folder):
+    """What a training run did, from its logs."""
+    logs = folder / f"{method}_logs"
+    budget = json.loads((logs / "run_config.json").read_text())["budget"]
+    with open(logs / "train_loss.csv") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    checkpoint = folder / checkpoint_name(method, folder)
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    return {
+        "steps": budget["steps"],
+        "loss, first 5 steps": f"{sum(losses[:5]) / 5:.2f}",
+        "last 5 steps": f"{sum(losses[-5:]) / 5:.2f}",
+        "supervised tokens": f"{budget['supervised_tokens']:,}",
+        "checkpoint": f"{size / 1e6:.0f} MB",
+        "time": f"{seconds:.0f} s",
+    }
+
+
+def print_table(rows):
+    """The rows, dicts whose missing cells stay empty, in the order of the last one's columns."""
+    columns = list(rows[-1])
+    print("\n" + " | ".join(columns))
+    for row in rows:
+        print(" | ".join(str(row.get(name, "")).rjust(len(name)) for name in columns))
+
+
+# ------- flags
+def parse_args(argv=None):
+    parser = suite.make_parser(__doc__)
     ranks = "training processes (one per GPU, two without a GPU)"
     parser.add_argument("--ranks", type=int, help=ranks)
     args = parser.parse_args(argv)
-    if args.ranks is not None and args.ranks < 1:
-        parser.error(f"--ranks {args.ranks}: must be at least 1")
+    suite.check_lowest(parser, args, ranks=1)
     return args
 
 
-def main(args):
-    folder = unused(EXPERIMENTS / "runs" / "toy")
-    run(folder, args.ranks or torch.cuda.device_count() or 2)
-
-
 if __name__ == "__main__":
-    main(parse_args(sys.argv[1:]))
+    main(parse_args())

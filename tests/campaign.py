@@ -10,10 +10,8 @@ leave nothing else. A short form of this is part of the tests (test_faults.py).
 import argparse
 import hashlib
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,20 +19,32 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from conftest import SUITE, build_toy, flags, launcher, user_environment
+from helpers import (
+    OF_AR_TOY,
+    SUITE,
+    build_ar_toy,
+    build_toy,
+    flags,
+    kill,
+    launcher,
+    ranks_of,
+    user_environment,
+)
 
+SCRIPTS = {
+    "blockwise": SUITE / "train_blockwise.py",
+    "fullseq": SUITE / "train_fullseq.py",
+    "lift": SUITE / "experiments" / "train_lift.py",
+    "opdlm": SUITE / "experiments" / "train_opdlm.py",
+}
 CONSTANTS = {
+    "CKPT_DIR": "run",
     "MICRO_BSIZE": 2,
     "LORA_RANK": 16,
     "LR": 1e-3,
     "TOTAL_TRAIN_STEPS": 30,
     "SAVE_EVERY": 12,
     "STATE_EVERY": 4,
-}
-SCRIPTS = {
-    "blockwise": SUITE / "train_blockwise.py",
-    "fullseq": SUITE / "train_fullseq.py",
-    "lift": SUITE / "experiments" / "train_lift.py",
 }
 LAST = f"run_step{CONSTANTS['TOTAL_TRAIN_STEPS']:04d}"
 MOMENTS = (
@@ -45,19 +55,15 @@ MOMENTS = (
     "at the end",
     "one rank",
 )
-TIMEOUT = 60  # seconds in which a launch must end after one of its ranks has died
 
 
-def command(script, ranks, toy_folder, **constants):
+def command(script, ranks, toy_folder, **changes):
     """The command line of a short run of `script` that saves often."""
     python = [sys.executable] if ranks == 1 else launcher(ranks)
-    values = {
-        "MODEL_NAME": toy_folder / "model",
-        "DATA_PT": toy_folder / "train.pt",
-        "CKPT_DIR": "run",
-        **CONSTANTS,
-        **constants,
-    }
+    data = {"MODEL_NAME": toy_folder / "model", "DATA_PT": toy_folder / "train.pt"}
+    values = data | CONSTANTS | changes
+    if script == "opdlm":
+        values |= OF_AR_TOY | {"STATE_EVERY": 1}  # rollouts
     return [*python, str(SCRIPTS[script]), *flags(**values)]
 
 
@@ -74,50 +80,7 @@ def start(script, ranks, toy_folder, folder):
         )
 
 
-# ---------------------------------------------------------------------------- processes
-
-
-def alive(session):
-    """The processes of a session that are not zombies, {pid: command line}."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, own_session = stat.read_text().rpartition(")")[2].split()[:4]
-            if int(own_session) == session and state != "Z":
-                words = (stat.parent / "cmdline").read_text().split("\0")
-                found[int(stat.parent.name)] = words
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
-def ranks_of(run):
-    """The process ids of the ranks that a launcher has started."""
-    ranks = []
-    for pid, words in alive(run.pid).items():
-        if any(word.startswith("--local_rank=") for word in words):
-            ranks.append(pid)
-    return ranks
-
-
-def kill(run, moment, rng):
-    """SIGKILL to all processes of a run, or to one rank, after which the others end too."""
-    ranks = ranks_of(run) if moment == "one rank" else []
-    if ranks:
-        os.kill(rng.choice(sorted(ranks)), signal.SIGKILL)
-        assert run.wait(timeout=TIMEOUT) != 0
-    else:
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
-    deadline = time.time() + TIMEOUT
-    while alive(run.pid):
-        assert time.time() < deadline, f"still there: {alive(run.pid)}"
-        time.sleep(0.01)
-
-
-# ---------------------------------------------------------------------------- moments
-
-
+# ------- moments
 def is_saving_a_state(state):
     """Whether a folder of a step is there that latest.json does not name yet."""
     latest = state / "latest.json"
@@ -162,7 +125,7 @@ def wait_for(moment, folder, run, rng):
     return run.poll() is None
 
 
-# ---------------------------------------------------------------------------- what is left
+# ------- what is left
 
 
 def contents(folder):
@@ -237,7 +200,18 @@ def campaign(script, ranks, kills, seed, toy_folder, folder):
     return met
 
 
-def main():
+def main(args):
+    with tempfile.TemporaryDirectory() as folder:
+        for script in args.scripts:
+            build = build_ar_toy if script == "opdlm" else build_toy
+            toy_folder = build(Path(folder) / script)
+            for ranks in args.ranks:
+                where = Path(folder) / f"{script}{ranks}"
+                campaign(script, ranks, args.kills, args.seed, toy_folder, where)
+    print("nothing was lost, and every result is the same, bit for bit")
+
+
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -246,15 +220,8 @@ def main():
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="(1 2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        toy_folder = build_toy(Path(folder) / "toy")
-        for script in args.scripts:
-            for ranks in args.ranks:
-                where = Path(folder) / f"{script}{ranks}"
-                campaign(script, ranks, args.kills, args.seed, toy_folder, where)
-    print("nothing was lost, and every result is the same, bit for bit")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

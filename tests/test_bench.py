@@ -1,20 +1,21 @@
 """The benchmarks measure what they say: all forms do the same work, and every figure is there."""
 
 import json
-import subprocess
+import os
 import sys
+from types import SimpleNamespace
 
 import bench
 import bench_decode
 import numpy as np
 import pytest
 import torch
-from suite import ROOT, user_environment
-from toy_llada.configuration_llada import LLaDAConfig
-from toy_llada.modeling_llada import LLaDAModelLM
+from helpers import constants, launch, small_llada
+from suite import ROOT
 
 SCRIPT = ROOT / "experiments" / "bench.py"
 VOCABULARY = 100  # ids; the last is [MASK]
+PAD_ID = 98
 TINY = "--device cpu --batch 2 --length 64 --lora_rank 4".split()
 NUMBERS = "loss flops step_seconds tokens_per_second matrix_share peak_bytes speedup memory_ratio"
 
@@ -35,84 +36,61 @@ def loss(model, noisy_ids, labels):
         model.get_base_model().model.transformer.blocks[1].register_forward_hook(watch)
     return published_loss(model, noisy_ids, labels)
 bench.published_loss = loss
-bench.ARGS = bench.parse_args(sys.argv[1:])
-bench.main()
+bench.main(bench.parse_args())
 """
 
 
-@pytest.fixture(params=bench.TRAINERS)
-def trainer(request, monkeypatch):
-    """Each trainer in turn, for tiny models; its constants go back after the test."""
-    module = bench.TRAINERS[request.param]
-    for name in module.CONSTANTS:
-        monkeypatch.setattr(module, name, getattr(module, name))
-    monkeypatch.setattr(bench, "DEVICE", "cpu")
-    module.MASK_ID = VOCABULARY - 1
-    module.MAX_LEN = 48
-    module.MICRO_BSIZE = 6
-    module.TOTAL_TRAIN_STEPS = 5
-    if hasattr(module, "BLOCK_SIZE"):
-        module.BLOCK_SIZE = 8
-        module.PREFIX_MASK_RATE = 0.3
-        module.SUFFIX_MASK_PROB = 0.6
-    return module
-
-
-def tiny_examples(trainer):
-    examples = bench.random_examples(40, trainer.MAX_LEN)
-    return [(prompt_len, ids % trainer.MASK_ID) for prompt_len, ids in examples]
+@pytest.fixture
+def args(trainer):
+    """The constants of `trainer` for a tiny model."""
+    tiny = {"MASK_ID": VOCABULARY - 1, "MAX_LEN": 48, "MICRO_BSIZE": 6, "TOTAL_TRAIN_STEPS": 5}
+    if hasattr(trainer, "BLOCK_SIZE"):
+        tiny |= {"BLOCK_SIZE": 8, "PREFIX_MASK_RATE": 0.3, "SUFFIX_MASK_PROB": 0.6}
+    return constants(trainer, **tiny)
 
 
 def tiny_model(**shape):
-    torch.manual_seed(0)
-    config = LLaDAConfig(d_model=16, n_heads=2, mlp_hidden_size=32, vocab_size=VOCABULARY, **shape)
-    return LLaDAModelLM(config)
+    return small_llada(vocab_size=VOCABULARY, mask_token_id=VOCABULARY - 1, **shape).train()
+
+
+def tiny_run(trainer, args, **shape):
+    """A run as bench.py's forms take it, on a tiny model without an engine."""
+    examples = bench.random_examples(40, args.MAX_LEN)
+    examples = [(prompt_len, ids % args.MASK_ID) for prompt_len, ids in examples]
+    draws, _ = trainer.plan(args, trainer.METHOD, examples, 1)
+    return SimpleNamespace(examples=examples, draws=draws, engine=tiny_model(**shape))
 
 
 def run(*command, folder):
     """Exit status of a Python command, and what it printed."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=folder,
-        env=user_environment(OMP_NUM_THREADS="1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return done.returncode, done.stdout
+    return launch([sys.executable, *map(str, command)], folder, OMP_NUM_THREADS="1")
 
 
-def test_both_forms_have_the_same_batches_and_losses(trainer):
-    examples = tiny_examples(trainer)
-    draws, numbers = trainer.plan(examples, 1)
-    model = tiny_model(n_layers=1, init_std=0.3)
-    for batch in numbers[:, 0, 0]:
-        input_ids, noisy_ids, loss_mask = trainer.make_batch(examples, draws, batch, 98)
-        theirs, labels = bench.published_batch(trainer, examples, draws, batch, 98)
+def test_both_forms_have_the_same_batches_and_losses(trainer, args):
+    run = tiny_run(trainer, args, n_layers=1)
+    for draws in run.draws[:, 0, 0]:
+        input_ids, noisy_ids, loss_mask = trainer.make_batch(args, run.examples, draws, PAD_ID)
+        theirs, labels = bench.published_batch(args, run.examples, draws, PAD_ID)
         assert torch.equal(theirs, noisy_ids)
         assert torch.equal(labels, input_ids.masked_fill(~loss_mask, bench.IGNORED))
-        loss = trainer.supervised_loss(model, input_ids, noisy_ids, loss_mask)
-        torch.testing.assert_close(bench.published_loss(model, theirs, labels), loss)
+        loss = trainer.supervised_loss(args, run.engine, input_ids, noisy_ids, loss_mask)
+        torch.testing.assert_close(bench.published_loss(run.engine, theirs, labels), loss)
 
 
-def test_each_form_does_its_own_work(trainer, monkeypatch):
+def test_each_form_does_its_own_work(trainer, args, monkeypatch):
     """FLOPs of a step, against those of the layers at all and the head at supervised positions."""
 
-    def train_step(model, examples, draws, micro_batches, pad_id):
-        batch = trainer.make_batch(examples, draws, micro_batches[0], pad_id)
-        loss = trainer.supervised_loss(model, *batch)
+    def train_step(args, run, step, micro_batch_loss):
+        loss = micro_batch_loss(run.draws[step - 1, 0, 0])
         loss.backward()
         return loss.item()
 
     monkeypatch.setattr(trainer, "train_step", train_step)
-    monkeypatch.setattr(bench, "PAD_ID", 98)
-    examples = tiny_examples(trainer)
-    draws, numbers = trainer.plan(examples, 1)
-    model = tiny_model(n_layers=2)
-    step = (trainer, model, examples, draws, numbers[0, :, 0])
-    counted = {form: bench.count_flops(form, *step) for form in bench.FORMS}
-    positions = trainer.MICRO_BSIZE * trainer.MAX_LEN
-    supervised = int(trainer.make_batch(examples, draws, numbers[0, 0, 0], 98)[2].sum())
+    monkeypatch.setattr(bench, "PAD_ID", PAD_ID)
+    run = tiny_run(trainer, args, n_layers=2)
+    counted = {form: bench.count_flops(form, trainer, args, run, 1) for form in bench.FORMS}
+    positions = args.MICRO_BSIZE * args.MAX_LEN
+    supervised = int(trainer.make_batch(args, run.examples, run.draws[0, 0, 0], PAD_ID)[2].sum())
     # 2 FLOPs per weight and position, three times: forward, gradient of inputs and of weights
     layers = 6 * positions * 2 * (4 * 16 * 16 + 3 * 16 * 32)
     assert counted["published"]["flops"] == layers + 6 * positions * 16 * VOCABULARY
@@ -129,6 +107,7 @@ def test_random_examples_are_rows_of_every_length():
     assert all(ids.max() < bench.PAD_ID for _, ids in examples)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     command = [SCRIPT, *TINY, "--forms", "published,suite", "--repeats", 2, "--output", "b.json"]
     status, printed = run(*command, folder=tmp_path)
@@ -153,6 +132,7 @@ def test_the_command(tmp_path):
     assert status == 2 and "exists" in printed and "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_out_of_memory_leaves_the_other_forms(tmp_path):
     command = ["-c", OUT_OF_MEMORY, *TINY, "--repeats", 2, "--forms", "published,suite"]
     status, printed = run(*command, "--output", "b.json", folder=tmp_path)
@@ -200,9 +180,21 @@ def check_refused(script, words, capsys):
     assert flag in message and value.split(",")[-1] in message
 
 
-@pytest.mark.parametrize("script", ["bench.py", "bench_decode.py"])
-def test_a_wrong_flag_is_refused_before_the_slow_imports(script, tmp_path):
-    command = ["-X", "importtime", SCRIPT.with_name(script), "--batch", 0]
-    status, printed = run(*command, folder=tmp_path)
-    assert status == 2 and "--batch 0" in printed
-    assert "argparse" in printed and "torch" not in printed
+@pytest.mark.parametrize("words", [["--device", "cpu"], ["--device", "cuda"], []])
+def test_the_cpu_is_measured_without_a_gpu(words, monkeypatch):
+    """As DeepSpeed prefers a GPU, the program starts again without one, and only then."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *how: started.append(how))
+    bench.hide_gpu(bench.parse_args(words))
+    if "cpu" not in words:
+        assert started == []
+        return
+    [(path, command, environment)] = started
+    assert path == command[0] == sys.executable and command[1:] == sys.orig_argv[1:]
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_gpu_that_is_not_there(capsys):
+    for script in (bench, bench_decode):
+        check_refused(script, "--device cuda", capsys)

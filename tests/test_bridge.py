@@ -7,7 +7,16 @@ MASK_PADDING, for answers of whole blocks.
 
 import pytest
 import torch
-from test_decode import EOS, MASK, VOCABULARY, decode_one, prompts_of, small_model, without_mask
+from helpers import (
+    EOS,
+    MASK,
+    VOCABULARY,
+    constants,
+    decode_one,
+    prompts_of,
+    small_llada,
+    without_mask,
+)
 
 import train_blockwise
 import train_fullseq
@@ -16,13 +25,9 @@ BLOCK = 4
 GEN_LENGTH = 12
 
 
-@pytest.fixture(autouse=True)
-def small_constants(monkeypatch):
-    for trainer in (train_blockwise, train_fullseq):
-        monkeypatch.setattr(trainer, "MASK_ID", MASK)
-        monkeypatch.setattr(trainer, "MASK_PADDING", True)
-        monkeypatch.setattr(trainer, "MASK_PROB_EPS", 0.0)
-    monkeypatch.setattr(train_blockwise, "BLOCK_SIZE", BLOCK)
+def args_of(trainer):
+    """The constants of `trainer` for these small canvases; train_fullseq.py reads no BLOCK_SIZE."""
+    return constants(trainer, MASK_ID=MASK, MASK_PADDING=True, MASK_PROB_EPS=0.0, BLOCK_SIZE=BLOCK)
 
 
 def decoded(model, prompt, **options):
@@ -39,10 +44,11 @@ def corrupted(input_ids, prompt_len, length, block, masked):
     t = torch.tensor([0.5])
     noise = torch.cat([t, torch.where(masked, 0.25, 0.75)])[None]  # (1, 1 + L)
     noisy_ids, _ = train_blockwise.corrupt(
+        args_of(train_blockwise),
         input_ids[None],
         torch.tensor([[prompt_len]]),
         torch.tensor([[length]]),
-        torch.tensor([[block]]),
+        torch.tensor([[block * BLOCK]]),
         noise,
     )
     return noisy_ids[0]
@@ -76,7 +82,7 @@ def is_a_state_of_decoding(canvas, prompt_len):
 )
 def test_every_canvas_is_one_that_blockwise_corruption_makes(options, prompt_len):
     (prompt,) = prompts_of(torch.Generator().manual_seed(27), prompt_len)
-    answer, canvases = decoded(without_mask(small_model(27)), prompt, **options)
+    answer, canvases = decoded(without_mask(small_llada(27)), prompt, **options)
     # an answer as long as the canvas, and one of whole blocks that is shorter
     for end in (GEN_LENGTH, 2 * BLOCK):
         padding = torch.full((GEN_LENGTH - end,), EOS)
@@ -112,8 +118,9 @@ def share_of_states(trainer, blocks):
     noise = torch.rand(400, 1 + 5 + GEN_LENGTH, generator=rng)
     prompt_len = torch.full((400, 1), 5)
     length = torch.full((400, 1), 5 + GEN_LENGTH)
-    block = torch.arange(400)[:, None] % blocks
-    noisy_ids, loss_mask = trainer.corrupt(input_ids, prompt_len, length, block, noise)
+    offset = torch.arange(400)[:, None] % blocks * BLOCK
+    args = args_of(trainer)
+    noisy_ids, loss_mask = trainer.corrupt(args, input_ids, prompt_len, length, offset, noise)
     supervised = noisy_ids[loss_mask.any(1)]
     states = [is_a_state_of_decoding(canvas, 5) for canvas in supervised]
     return sum(states) / len(states)
@@ -122,5 +129,5 @@ def share_of_states(trainer, blocks):
 def test_full_sequence_corruption_makes_states_that_decoding_never_meets():
     assert share_of_states(train_blockwise, GEN_LENGTH // BLOCK) == 1
     assert share_of_states(train_fullseq, 1) < 0.5
-    _, canvases = decoded(without_mask(small_model(27)), torch.tensor([1, 2, 3]))
+    _, canvases = decoded(without_mask(small_llada(27)), torch.tensor([1, 2, 3]))
     assert all(is_a_state_of_decoding(canvas, 3) for canvas in canvases)

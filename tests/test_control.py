@@ -1,9 +1,8 @@
 """The controls change one thing of Blockwise SFT, or bring LIFT into its active block."""
 
-import copy
 import json
-import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -11,251 +10,199 @@ import torch
 import train_control
 import train_lift
 import train_opdlm
-from conftest import flags, launch
-from peft import LoraConfig, get_peft_model
-from test_corruption import L, random_rows
-from test_opdlm import EOS, MASK, SHAPE, V
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, Qwen3Config
+from helpers import L, draws_of, flags, launch, random_noise, random_rows
 
 import train_blockwise
+import train_fullseq
 
 BLOCK_SIZE = 8
-ORIGINAL_CORRUPT = train_blockwise.corrupt
+# answers of every length from 1 to 40, after prompts of several lengths
+EXAMPLES = [(1 + n % 5, torch.arange(100, 100 + 1 + n % 5 + n)) for n in range(1, 41)]
 
 
-@pytest.fixture
-def install():
-    """train_control.install; all that it changes in the trainers is put back after the test."""
-    modules = (train_blockwise, train_lift, train_opdlm)
-    before = [(module, dict(vars(module))) for module in modules]
-    for module in modules:
-        module.CONSTANTS = list(module.CONSTANTS)
-        module.LIMITS = list(module.LIMITS)
-        module.BLOCK_SIZE = BLOCK_SIZE
-
-    def installed(control):
-        trainer = train_control.install(control)
-        trainer.BLOCK_SIZE = BLOCK_SIZE
-        return trainer
-
-    yield installed
-    for module, names in before:
-        vars(module).clear()
-        vars(module).update(names)
+def control(name, **changes):
+    """The constants of a control, as its functions take them, and the functions."""
+    constants, _ = train_control.constants_of(name)
+    args = Namespace(**constants | {"BLOCK_SIZE": BLOCK_SIZE, "MAX_LEN": L} | changes)
+    return args, train_control.CONTROLS[name].method
 
 
-@pytest.mark.parametrize("mask_padding", [False, True])
-def test_rest_takes_the_loss_on_the_whole_rest(install, mask_padding):
-    rows = random_rows(1, block_size=BLOCK_SIZE)
-    _, prompt_len, length, block, _ = rows
-    train_blockwise.BLOCK_SIZE, train_blockwise.MASK_PADDING = BLOCK_SIZE, mask_padding
-    same_ids, block_mask = train_blockwise.corrupt(*rows)
-    noisy_ids, loss_mask = install("rest").corrupt(*rows)
-    assert torch.equal(noisy_ids, same_ids)
+def blocks_of(args):
+    """A draw of every block of EXAMPLES."""
+    scheduled = train_blockwise.schedule(args, EXAMPLES, 10**6)
+    return draws_of(range(len(scheduled)), *scheduled.T)
+
+
+def parts_of(args, draws):
+    """Where the active blocks of draws are, and the tokens of the answers behind them; (B, L)."""
+    _, prompt_len, length, offset = train_blockwise.pad_rows(args, EXAMPLES, draws, 0)
     pos = torch.arange(L)
-    suffix = (prompt_len + (block + 1) * BLOCK_SIZE <= pos) & (pos < length)
-    assert suffix.any() and torch.equal(loss_mask, block_mask | suffix)
+    first = prompt_len + offset
+    active = (first <= pos) & (pos < first + args.BLOCK_SIZE) & (pos < length)
+    return active, (first + args.BLOCK_SIZE <= pos) & (pos < length)
 
 
-def test_spans_cover_every_token_equally(install):
+# ------- of Blockwise SFT
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_rest_takes_the_loss_on_the_whole_rest(mask_padding):
+    args, method = control("rest", MASK_PADDING=mask_padding)
+    draws = blocks_of(args)
+    input_ids, noisy_ids, loss_mask = method.make_batch(args, EXAMPLES, draws, 7)
+    same = train_blockwise.make_batch(args, EXAMPLES, draws, 7)
+    assert torch.equal(input_ids, same[0]) and torch.equal(noisy_ids, same[1])
+    _, suffix = parts_of(args, draws)
+    assert suffix.any() and torch.equal(loss_mask, same[2] | suffix)
+    assert method._replace(make_batch=None) == train_blockwise.METHOD._replace(make_batch=None)
+
+
+def test_rest_takes_no_loss_on_a_suffix_that_is_shown():
+    args, method = control("rest", SUFFIX_MASK_PROB=0.5, PREFIX_MASK_RATE=0.5)
+    draws = blocks_of(args)
+    _, noisy_ids, loss_mask = method.make_batch(args, EXAMPLES, draws, 7)
+    active, suffix = parts_of(args, draws)
+    assert torch.equal(loss_mask, (active | suffix) & (noisy_ids == args.MASK_ID))
+    assert 0.4 < loss_mask[suffix].float().mean() < 0.6
+
+
+def test_spans_cover_every_token_equally():
     """12,000 draws over an answer of 24: each of 31 places, and each token in 8 of 31 spans.
 
     6 standard deviations.
     """
-    trainer = install("span")
+    args, method = control("span")
     answer = 24
     examples = [(3, torch.arange(3 + answer))] * 4000 + [(3, torch.arange(5))] * 10
-    draws = trainer.schedule(examples, 10**6)
-    places = draws[draws[:, 0] < 4000, 1]
-    assert len(places) == 12_000
-    assert set(places) == set(range(1 - BLOCK_SIZE, answer))
+    draws = method.schedule(args, examples, 10**6)
+    offsets = draws[draws[:, 0] < 4000, 1]
+    assert len(offsets) == 12_000
+    assert set(offsets) == set(range(1 - BLOCK_SIZE, answer))
     rate = BLOCK_SIZE / (answer + BLOCK_SIZE - 1)
     for token in range(answer):
-        share = np.mean((places <= token) & (token < places + BLOCK_SIZE))
-        assert abs(share - rate) < 6 * (rate * (1 - rate) / len(places)) ** 0.5
-    assert np.array_equal(draws, trainer.schedule(examples, 10**6))
-    trainer.SEED += 1
-    assert not np.array_equal(draws[:, 1], trainer.schedule(examples, 10**6)[:, 1])
+        share = np.mean((offsets <= token) & (token < offsets + BLOCK_SIZE))
+        assert abs(share - rate) < 6 * (rate * (1 - rate) / len(offsets)) ** 0.5
+    assert np.array_equal(draws, method.schedule(args, examples, 10**6))
+    args.SEED += 1
+    assert not np.array_equal(draws[:, 1], method.schedule(args, examples, 10**6)[:, 1])
 
 
-@pytest.mark.parametrize("rates", [(0.0, 1.0, False), (0.3, 0.6, True)])
-def test_a_span_at_a_block_is_that_block(install, rates):
-    rows = random_rows(2, block_size=BLOCK_SIZE)
-    input_ids, prompt_len, length, block, noise = rows
-    trainer = install("span")
-    trainer.PREFIX_MASK_RATE, trainer.SUFFIX_MASK_PROB, trainer.MASK_PADDING = rates
-    ours = trainer.corrupt(input_ids, prompt_len, length, block * BLOCK_SIZE, noise)
-    for one, other in zip(ours, ORIGINAL_CORRUPT(*rows), strict=True):
-        assert torch.equal(one, other)
+def test_span_differs_in_the_places_alone():
+    """The samples come in the order of Blockwise SFT, and are corrupted as it does."""
+    args, method = control("span")
+    samples = train_blockwise.schedule(args, EXAMPLES, 100)[:, 0]
+    assert np.array_equal(method.schedule(args, EXAMPLES, 100)[:, 0], samples)
+    assert method._replace(schedule=None) == train_blockwise.METHOD._replace(schedule=None)
 
 
-def test_a_span_may_begin_before_the_answer(install):
-    input_ids, prompt_len, length, _, noise = random_rows(3, block_size=L)
-    trainer = install("span")
-    place = torch.full_like(length, -5)
-    noisy_ids, loss_mask = trainer.corrupt(input_ids, prompt_len, length, place, noise)
+def test_a_span_may_begin_before_the_answer():
+    args, _ = control("span")
+    input_ids, prompt_len, length, _ = random_rows(3)
+    offset = torch.full_like(length, -5)
+    noisy_ids, loss_mask = train_blockwise.corrupt(
+        args, input_ids, prompt_len, length, offset, random_noise(3, 64, 1 + L)
+    )
     pos = torch.arange(L)
     active = (prompt_len <= pos) & (pos < prompt_len + BLOCK_SIZE - 5) & (pos < length)
-    assert torch.equal(loss_mask, active & (noisy_ids == trainer.MASK_ID)) and loss_mask.any()
+    assert torch.equal(loss_mask, active & (noisy_ids == args.MASK_ID)) and loss_mask.any()
     assert torch.equal(noisy_ids[pos < prompt_len], input_ids[pos < prompt_len])
 
 
-def test_lift_in_the_active_block(install):
+# ------- of LIFT
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_lift_in_the_active_block(mask_padding):
     """Inside it LIFT's own corruption of a row whose answer is the block; around it blockwise."""
-    input_ids, prompt_len, length, block, _ = random_rows(3, block_size=BLOCK_SIZE)
-    noise = torch.rand(len(length), 2 + 2 * L)
-    first = prompt_len + block * BLOCK_SIZE
+    args, method = control("lift-block", MASK_PADDING=mask_padding)
+    draws = blocks_of(args)
+    input_ids, noisy_ids, *others = method.make_batch(args, EXAMPLES, draws, 7)
+    _, prompt_len, length, offset = train_fullseq.pad_rows(args, EXAMPLES, draws, 7)
+    noise = train_fullseq.draw_noise(args, draws, 2 + 2 * L)
+    first = prompt_len + offset
     end = torch.minimum(first + BLOCK_SIZE, length)
-    alone = train_lift.corrupt(input_ids, first, end, block, noise)
-    trainer = install("lift-block")
-    noisy_ids, *rest = trainer.corrupt(input_ids, prompt_len, length, block, noise)
-    pos = torch.arange(L)
-    suffix = (end <= pos) & (pos < length)
-    assert (noisy_ids[suffix] == trainer.MASK_ID).all() and suffix.any()
-    assert torch.equal(noisy_ids[~suffix], alone[0][~suffix])
-    for ours, theirs in zip(rest, alone[1:], strict=True):
+    alone = train_lift.corrupt(args, input_ids, first, end, 0, noise)
+    for ours, theirs in zip(others, alone[1:], strict=True):
         assert torch.equal(ours, theirs)
-    examples = [(3, torch.arange(3 + 20))] * 5
-    train_blockwise.BLOCK_SIZE = 99  # those of the other module do not matter
-    draws = trainer.schedule(examples, 100)
-    trainer.SEED += 1
-    assert not np.array_equal(draws, trainer.schedule(examples, 100))
-    assert sorted(map(tuple, draws)) == [(sample, b) for sample in range(5) for b in range(3)]
+    active, suffix = parts_of(args, draws)
+    assert (noisy_ids[suffix] == args.MASK_ID).all() and suffix.any()
+    assert torch.equal(noisy_ids[~suffix], alone[0][~suffix])
+    assert torch.equal(noisy_ids[:, :1], input_ids[:, :1])
+    over_masked = others[0]
+    assert not over_masked[~active].any() and over_masked.any()
 
 
-# ------------------------------------------------------------------------------- those of OPDLM
-
-EXAMPLES = [
-    (3, torch.tensor([1, 2, 3, 11, 12, 13, 14, 15, EOS])),
-    (2, torch.tensor([4, 5, 21, 22, EOS])),
-    (4, torch.arange(6, 30)),
-]
-DRAWS = np.array([[2, 0], [0, 0], [1, 0]])
-
-
-@pytest.fixture
-def ar_model():
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=V, **SHAPE)).eval()
+def test_lift_block_draws_the_blocks_of_blockwise_sft():
+    args, method = control("lift-block", CKPT_DIR="x")
+    draws = method.schedule(args, EXAMPLES, 100)
+    assert np.array_equal(draws, train_blockwise.schedule(args, EXAMPLES, 100))
+    unchanged = {"schedule": None, "make_batch": None}
+    assert method._replace(**unchanged) == train_lift.METHOD._replace(**unchanged)
+    args.BLOCK_SIZE = 16
+    assert set(method.schedule(args, EXAMPLES, 1000)[:, 1]) == {0, 16, 32}
 
 
-def opdlm_of(install, control, monkeypatch):
-    trainer = install(control)
-    trainer.MASK_ID, trainer.FIRST_GEN_LENGTH, trainer.GEN_LENGTH = MASK, 16, 16
-    trainer.ROLLOUT_BSIZE, trainer.TRAIN_END = 2, True
-    monkeypatch.setattr(trainer.dist, "get_rank", lambda: 0)
-    return trainer
+# ------- of OPDLM
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("own-random", ("student", "random", "kl")),
+        ("distill", ("teacher", "random", "kl")),
+        ("sft-teacher", ("teacher", "random", "cross-entropy")),
+        ("sft-data", ("data", "random", "cross-entropy")),
+    ],
+)
+def test_controls_of_opdlm_are_its_constants(name, values):
+    args, method = control(name)
+    assert (args.ANSWERS, args.STATES, args.LOSS) == values
+    assert method == train_opdlm.METHOD
+    choices = {(name, text) for name, texts, *_ in train_opdlm.LIMITS for text in texts}
+    for constant, value in zip(("ANSWERS", "STATES", "LOSS"), values, strict=True):
+        assert (constant, value) in choices
 
 
-def test_sft_data_learns_the_answers_of_the_data(install, ar_model, monkeypatch):
-    trainer = opdlm_of(install, "sft-data", monkeypatch)
-    answers = trainer.decode_answers(ar_model, EOS, EXAMPLES, DRAWS, np.arange(3), 0)
-    lengths = {0: 16, 1: 6, 2: 3}  # cut at 16, up to and with the end
-    for number, (answer, steps, answer_len, noise) in answers.items():
-        prompt_len, ids = EXAMPLES[DRAWS[number, 0]]
-        assert answer_len == lengths[number]
-        assert torch.equal(answer[:answer_len], ids[prompt_len : prompt_len + answer_len])
-        assert len(answer) == len(steps) == BLOCK_SIZE * len(noise)
+# ------- as a command
+def parse(name, *words):
+    return train_control.parse_args(["--CONTROL", name, *words])
 
 
-def test_random_states_are_random_masks(install, ar_model, monkeypatch):
-    """Of 600 blocks of 8: 1 to 8 masks equally often, and each position in 4.5 of 8 blocks.
-
-    6 standard deviations.
-    """
-    trainer = opdlm_of(install, "own-random", monkeypatch)
-    rows = 300
-    monkeypatch.setattr(
-        trainer,
-        "roll_out",
-        lambda _, prompts, noise, eos_id: (
-            torch.ones(len(prompts), 16, dtype=torch.long),
-            torch.zeros(len(prompts), 16, dtype=torch.long),
-        ),
-    )
-    draws = np.zeros((rows, 2), dtype=int)
-    answers = trainer.decode_answers(ar_model, EOS, EXAMPLES, draws, np.arange(rows), 0)
-    parts = [torch.stack(part) for part in list(zip(*answers.values(), strict=True))[:2]]
-    noise = torch.stack([answer[3] for answer in answers.values()])
-    _, masked = trainer.corrupt(*parts, torch.full((rows, 1), 16), noise)
-    blocks = masked.view(-1, BLOCK_SIZE)
-    counts = torch.bincount(blocks.sum(1), minlength=9)[1:] / len(blocks)
-    assert (counts - 1 / 8).abs().max() < 6 * (1 / 8 * 7 / 8 / len(blocks)) ** 0.5
-    rates = blocks.float().mean(0)
-    assert (rates - 4.5 / 8).abs().max() < 6 * (0.25 / len(blocks)) ** 0.5
+@pytest.mark.parametrize("name", train_control.CONTROLS)
+def test_a_run_records_its_control(name):
+    trainer, changes, _ = train_control.CONTROLS[name]
+    args = parse(name, "--BLOCK_SIZE", "4", "--LR", "3e-5")
+    own = {"CONTROL": name, "CKPT_DIR": f"ckpts_{name}", "BLOCK_SIZE": 4, "LR": 3e-5}
+    assert vars(args) == trainer.CONSTANTS | changes | own
+    for wrong in ("--BLOCK_SIZE", "0"), ("--BLOCK_SIZE", "x"):
+        with pytest.raises(SystemExit, match=f"BLOCK_SIZE = .*{wrong[1]}"):
+            parse(name, *wrong)
+    with pytest.raises(SystemExit, match="--BLOCKSIZE: no constant of this script"):
+        parse(name, "--BLOCKSIZE", "3")
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_distill_takes_answers_that_the_teacher_samples(install, ar_model, monkeypatch, full):
-    """Token by token, each row alone, without a cache."""
-    trainer = opdlm_of(install, "distill", monkeypatch)
-    trainer.FULL_FT = full
-    student = ar_model
-    teacher = copy.deepcopy(ar_model)
-    if full:
-        student.get_input_embeddings().weight.data *= -1  # another model
-        monkeypatch.setattr(trainer, "load_pretrained", lambda *_, **__: teacher)
-    else:
-        lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-        student = get_peft_model(ar_model, lora)
-    trainer.build_teacher("cpu")
-    answers = trainer.decode_answers(student, EOS, EXAMPLES, DRAWS, np.arange(3), 0)
-    for number, (answer, _, answer_len, _) in answers.items():
-        prompt_len, ids = EXAMPLES[DRAWS[number, 0]]
-        so_far = ids[:prompt_len]
-        noise = trainer.draw_noise([number], 16)[0][0, 0]
-        for place in range(answer_len):
-            logits = teacher(input_ids=so_far[None]).logits[:, -1:]
-            token, _ = trainer.sample(logits.float(), noise[None, place : place + 1])
-            assert answer[place] == token
-            so_far = torch.cat([so_far, token[0]])
-        assert answer_len == 16 or answer[answer_len - 1] == EOS
+def test_trainers_are_as_they_were():
+    """A control's constants are its own."""
+    for name in train_control.CONTROLS:
+        train_control.constants_of(name)
+    for trainer in (train_lift, train_opdlm, train_blockwise, train_fullseq):
+        assert "CONTROL" not in trainer.CONSTANTS
+    assert "BLOCK_SIZE" not in train_lift.CONSTANTS
+    assert train_opdlm.CONSTANTS["ANSWERS"] == "student"
 
 
-def test_sft_is_the_cross_entropy_of_the_tokens(install, ar_model, monkeypatch):
-    trainer = opdlm_of(install, "sft-teacher", monkeypatch)
-    prompts = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]
-    answers = torch.randint(MASK, (2, 16))
-    loss_mask = torch.rand(2, 16) < 0.5
-    noisy_ids = answers.masked_fill(loss_mask, MASK)
-    loss = trainer.distillation_loss(ar_model, None, prompts, answers, noisy_ids, loss_mask)
-    logits = trainer.student_logits(ar_model, prompts, answers, noisy_ids, loss_mask)
-    nll = cross_entropy(logits, answers[loss_mask], reduction="none")
-    rows = nll.split(loss_mask.sum(1).tolist())
-    torch.testing.assert_close(loss, sum(row.mean() for row in rows) / 2)
+@pytest.mark.parametrize("words", [[], ["--CONTROL", "x"], ["--LR", "1"]])
+def test_a_control_is_needed(words, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        train_control.parse_args(words)
+    for name in train_control.CONTROLS:
+        assert name in ended.value.code
+    assert "\n" not in ended.value.code
 
 
-# ------------------------------------------------------------------------------------ as a command
+def test_help_explains_the_controls(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train_control.parse_args(["--help"])
+    assert not ended.value.code and train_control.__doc__.strip() in capsys.readouterr().out
+    assert all(f"    {name} " in train_control.__doc__ for name in train_control.CONTROLS)
 
 
-@pytest.mark.parametrize("control", train_control.CONTROLS)
-def test_a_run_records_its_control(install, control):
-    trainer = install(control)
-    assert trainer.CONTROL == control and "CONTROL" in trainer.CONSTANTS
-    assert trainer.read_overrides(["--BLOCK_SIZE", "4"]) == [] and trainer.BLOCK_SIZE == 4
-    assert trainer.check_constants() == []
-    trainer.read_overrides(["--BLOCK_SIZE", "0"])
-    assert "BLOCK_SIZE = 0" in trainer.check_constants()[0]
-
-
-def test_mistakes():
-    """By a Python without any library (-S), except for a constant, which the trainer reads."""
-    script = train_control.__file__
-    for words, status, message in (
-        (["--help"], 0, "usage:"),
-        ([], 2, "required: --CONTROL"),
-        (["--CONTROL", "x"], 2, "invalid choice: 'x'"),
-    ):
-        command = [sys.executable, "-S", script, *words]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == status and message in done.stdout + done.stderr
-    wrong = [sys.executable, script, "--CONTROL", "span", "--BLOCKSIZE", "3", "--LR", "-1"]
-    done = subprocess.run(wrong, capture_output=True, text=True)
-    assert done.returncode == 1 and "--BLOCKSIZE: no constant of this script" in done.stderr
-    assert "LR = -1" in done.stderr and "train_blockwise.py --help" in done.stderr
-
-
+@pytest.mark.slow
 def test_a_control_is_trained(toy_folder, tmp_path):
     constants = {
         "MODEL_NAME": toy_folder / "model",
@@ -272,3 +219,20 @@ def test_a_control_is_trained(toy_folder, tmp_path):
     assert (record["CONTROL"], record["budget"]["steps"]) == ("rest", 2)
     assert (tmp_path / "ckpts_rest_step0002" / "model.safetensors").exists()
     assert record["budget"]["supervised_tokens"] > 4 * 8  # more than four blocks have
+
+
+@pytest.mark.parametrize("name", train_control.CONTROLS)
+def test_help_explains_the_constants_of_a_control(name, capsys):
+    with pytest.raises(SystemExit):
+        parse(name, "--help")
+    words = "".join(capsys.readouterr().out.split())
+    trainer = train_control.CONTROLS[name].trainer
+    comments = train_fullseq.read_comments(trainer.__file__)
+    for constant in set(trainer.CONSTANTS) & set(comments) - {"CKPT_DIR"}:
+        assert f"--{constant}[VALUE]{''.join(comments[constant].split())}" in words
+
+
+def test_what_a_control_sets_cannot_be_given():
+    for words in (["--ANSWERS", "student"], ["--LOSS", "cross-entropy"]):
+        with pytest.raises(SystemExit, match=f"{' '.join(words)}: --CONTROL distill sets it to"):
+            parse("distill", *words)

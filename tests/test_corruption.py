@@ -3,30 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from helpers import L, constants, draws_of, random_noise, random_rows
 
-L = 48
-
-
-def random_rows(seed, rows=64, block_size=8):
-    """input_ids, prompt_len, length, block and noise of random rows; any block occurs."""
-    rng = np.random.default_rng(seed)
-    prompt_len = rng.integers(1, L - 1, (rows, 1))
-    length = rng.integers(prompt_len + 1, L + 1)
-    block = rng.integers(0, -(-(length - prompt_len) // block_size))
-    noise = torch.from_numpy(rng.random((rows, L + 1), dtype=np.float32))
-    input_ids = torch.from_numpy(rng.integers(0, 1000, (rows, L)))
-    return input_ids, *map(torch.from_numpy, (prompt_len, length, block)), noise
-
-
-def definition(module, region, t):
-    """The probability of [MASK], by the part of the row that a position lies in."""
-    rates = {"prompt": 0.0, "active": t, "padding": float(module.MASK_PADDING)}
-    if region in ("prefix", "suffix"):
-        return module.PREFIX_MASK_RATE if region == "prefix" else module.SUFFIX_MASK_PROB
-    return rates[region]
+import train_blockwise
+import train_fullseq
 
 
 def region_of(pos, prompt_len, length, first, last):
+    """The part of the row that a position lies in."""
     if pos < prompt_len:
         return "prompt"
     if pos >= length:
@@ -34,80 +18,88 @@ def region_of(pos, prompt_len, length, first, last):
     return "prefix" if pos < first else "active" if pos < last else "suffix"
 
 
-def oracle(module, input_ids, prompt_len, length, block, noise, block_size):
+def oracle(args, input_ids, prompt_len, length, offset, noise, block_size):
+    """noisy_ids and loss_mask, by the probability of [MASK] in each part of a row."""
+    rates = {"prompt": 0.0, "padding": float(args.MASK_PADDING)}
+    if "PREFIX_MASK_RATE" in args:
+        rates |= {"prefix": args.PREFIX_MASK_RATE, "suffix": args.SUFFIX_MASK_PROB}
     noisy_ids, loss_mask = input_ids.clone(), torch.zeros_like(input_ids, dtype=torch.bool)
+    eps = args.MASK_PROB_EPS
     for row in range(len(input_ids)):
-        t = (
-            np.float32(module.MASK_PROB_EPS)
-            + np.float32(1 - module.MASK_PROB_EPS) * noise[row, 0].numpy()
-        )
-        first = prompt_len[row].item() + block[row].item() * block_size
+        rates["active"] = np.float32(eps) + np.float32(1 - eps) * noise[row, 0].numpy()
+        first = prompt_len[row].item() + offset[row].item()
+        ends = prompt_len[row].item(), length[row].item(), first, first + block_size
         for pos in range(L):
-            region = region_of(
-                pos, prompt_len[row].item(), length[row].item(), first, first + block_size
-            )
-            if noise[row, 1 + pos].item() < np.float32(definition(module, region, t)):
-                noisy_ids[row, pos] = module.MASK_ID
+            region = region_of(pos, *ends)
+            if noise[row, 1 + pos].item() < np.float32(rates[region]):
+                noisy_ids[row, pos] = args.MASK_ID
                 loss_mask[row, pos] = region == "active"
     return noisy_ids, loss_mask
+
+
+def check_definition(module, args, rows, noise, block_size):
+    ours = module.corrupt(args, *rows, noise)
+    for one, other in zip(ours, oracle(args, *rows, noise, block_size), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
     "rates", [(0.0, 1.0, False), (0.2, 0.5, True), (0.5, 0.0, False), (1.0, 0.3, True)]
 )
 @pytest.mark.parametrize("block_size", [1, 8, 32])
-def test_blockwise_is_the_loop_of_its_definition(blockwise, rates, block_size):
-    blockwise.PREFIX_MASK_RATE, blockwise.SUFFIX_MASK_PROB, blockwise.MASK_PADDING = rates
-    blockwise.BLOCK_SIZE = block_size
+def test_blockwise_is_the_loop_of_its_definition(rates, block_size):
+    args = constants(train_blockwise, BLOCK_SIZE=block_size)
+    args.PREFIX_MASK_RATE, args.SUFFIX_MASK_PROB, args.MASK_PADDING = rates
     rows = random_rows(block_size, block_size=block_size)
-    for ours, theirs in zip(
-        blockwise.corrupt(*rows), oracle(blockwise, *rows, block_size), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    check_definition(train_blockwise, args, rows, random_noise(0, 64, 1 + L), block_size)
 
 
 @pytest.mark.parametrize("mask_padding", [False, True])
-def test_fullseq_is_the_loop_of_its_definition(fullseq, mask_padding):
-    fullseq.MASK_PADDING = mask_padding
+def test_fullseq_is_the_loop_of_its_definition(mask_padding):
+    args = constants(train_fullseq, MASK_PADDING=mask_padding)
     rows = random_rows(1, block_size=L)  # the answer is the only block
-    for ours, theirs in zip(fullseq.corrupt(*rows), oracle(fullseq, *rows, L), strict=True):
-        assert torch.equal(ours, theirs)
+    check_definition(train_fullseq, args, rows, random_noise(1, 64, 1 + L), L)
 
 
-def test_one_block_over_the_answer_bridges_the_methods(blockwise, fullseq):
-    blockwise.BLOCK_SIZE = L
-    for mask_padding in (False, True):
-        blockwise.MASK_PADDING = fullseq.MASK_PADDING = mask_padding
-        rows = random_rows(2, block_size=L)
-        for one, other in zip(blockwise.corrupt(*rows), fullseq.corrupt(*rows), strict=True):
-            assert torch.equal(one, other)
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_one_block_over_the_answer_bridges_the_methods(mask_padding):
+    blockwise = constants(train_blockwise, BLOCK_SIZE=L, MASK_PADDING=mask_padding)
+    fullseq = constants(train_fullseq, MASK_PADDING=mask_padding)
+    rows = *random_rows(2, block_size=L), random_noise(2, 64, 1 + L)
+    ours = train_blockwise.corrupt(blockwise, *rows)
+    theirs = train_fullseq.corrupt(fullseq, *rows)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
 
 
-def test_blockwise_shows_the_state_of_decoding(blockwise):
-    blockwise.BLOCK_SIZE, blockwise.MASK_PADDING = 8, True
-    input_ids, prompt_len, length, block, noise = random_rows(3)
-    noisy_ids, loss_mask = blockwise.corrupt(input_ids, prompt_len, length, block, noise)
-    pos, first = torch.arange(L), prompt_len + block * 8
+def test_blockwise_shows_the_state_of_decoding():
+    args = constants(train_blockwise, BLOCK_SIZE=8, MASK_PADDING=True)
+    rows = random_rows(3)
+    input_ids, prompt_len, length, offset = rows
+    noisy_ids, loss_mask = train_blockwise.corrupt(args, *rows, random_noise(3, 64, 1 + L))
+    pos, first = torch.arange(L), prompt_len + offset
     before, behind = pos < first, pos >= torch.minimum(first + 8, length)
     assert torch.equal(noisy_ids[before], input_ids[before])
-    assert (noisy_ids[behind] == blockwise.MASK_ID).all()
+    assert (noisy_ids[behind] == args.MASK_ID).all()
     assert not loss_mask[before | behind].any()
     inside = ~before & ~behind
-    assert torch.equal(loss_mask[inside], noisy_ids[inside] == blockwise.MASK_ID)
+    assert torch.equal(loss_mask[inside], noisy_ids[inside] == args.MASK_ID)
     assert 0 < loss_mask.sum() < inside.sum()
 
 
-def test_rates(blockwise):
+def test_rates():
     """20,000 positions a region, 6 standard deviations: a false alarm in about 5e8 runs."""
-    blockwise.BLOCK_SIZE, blockwise.MAX_LEN = 4, 13
-    blockwise.PREFIX_MASK_RATE, blockwise.SUFFIX_MASK_PROB, blockwise.MASK_PROB_EPS = 0.2, 0.7, 0.1
+    args = constants(train_blockwise, BLOCK_SIZE=4, PREFIX_MASK_RATE=0.2, SUFFIX_MASK_PROB=0.7)
+    args.MASK_PROB_EPS = 0.1
     rows = 5000
-    noise = torch.from_numpy(np.random.default_rng(0).random((rows, 14), dtype=np.float32))
     column = torch.ones(rows, 1, dtype=torch.long)
-    noisy_ids, loss_mask = blockwise.corrupt(
-        torch.zeros(rows, 13).long(), column, 13 * column, column, noise
+    input_ids = torch.zeros(rows, 13).long()
+    noise = random_noise(0, rows, 14)
+    # one token of the prompt, then blocks of four: the prefix, the active block, the suffix
+    noisy_ids, loss_mask = train_blockwise.corrupt(
+        args, input_ids, column, 13 * column, 4 * column, noise
     )
-    masked = (noisy_ids == blockwise.MASK_ID).float()
+    masked = (noisy_ids == args.MASK_ID).float()
     for region, rate in ((masked[:, 1:5], 0.2), (masked[:, 9:], 0.7)):
         assert abs(region.mean() - rate) < 6 * (rate * (1 - rate) / region.numel()) ** 0.5
     # in the block: mean of t ~ U(0.1, 1) is 0.55, the positions of a row share their t
@@ -118,43 +110,51 @@ def test_rates(blockwise):
     assert abs((share == 1).float().mean() - p) < 6 * (p * (1 - p) / rows) ** 0.5
 
 
-def test_mean_over_masked_is_the_weighted_bound(blockwise):
+def test_mean_over_masked_is_the_weighted_bound():
     """With every token's loss 1 and t ~ U(0, 1), the loss is P(some token masked) = b / (b + 1)."""
-    blockwise.BLOCK_SIZE, blockwise.MASK_PROB_EPS = 4, 0.0
+    args = constants(train_blockwise, BLOCK_SIZE=4, MASK_PROB_EPS=0.0)
     rows = 20000
-    noise = torch.from_numpy(np.random.default_rng(1).random((rows, 6), dtype=np.float32))
     column = torch.ones(rows, 1, dtype=torch.long)
-    _, loss_mask = blockwise.corrupt(
-        torch.zeros(rows, 5).long(), column, 5 * column, 0 * column, noise
-    )
+    input_ids = torch.zeros(rows, 5).long()
+    noise = random_noise(1, rows, 6)
+    _, loss_mask = train_blockwise.corrupt(args, input_ids, column, 5 * column, 0 * column, noise)
     p = 4 / 5
     assert abs(loss_mask.any(1).float().mean() - p) < 6 * (p * (1 - p) / rows) ** 0.5
 
 
-def captured_noise(module, monkeypatch, seed, numbers):
-    """The noise that make_batch hands to corrupt for these draws of a one-row data set."""
-    caught = []
-    monkeypatch.setattr(
-        module, "corrupt", lambda *arguments: caught.append(arguments[-1]) or ("", "")
-    )
-    module.SEED = seed
-    module.make_batch([(1, torch.arange(4))], np.zeros((1000, 2), dtype=int), numbers, pad_id=0)
-    return caught[0]
-
-
-def test_noise_is_a_function_of_seed_and_draw_alone(trainer, monkeypatch):
-    """Fails on the published behaviour (T4): there it depended on the rank and on earlier draws."""
-    together = captured_noise(trainer, monkeypatch, 42, range(20))
-    alone = [captured_noise(trainer, monkeypatch, 42, [number])[0] for number in range(20)]
-    assert torch.equal(together, torch.stack(alone))
-    assert together.shape == (20, 1 + trainer.MAX_LEN)
+def test_noise_is_a_function_of_seed_and_draw_alone(trainer, args):
+    """Not of the rank, the rows or earlier draws, on which that of the published script depends."""
+    together = trainer.draw_noise(args, draws_of(range(20)), 257)
+    for n in range(20):
+        alone = trainer.draw_noise(args, draws_of([n], samples=3, offsets=64), 257)
+        assert torch.equal(alone[0], together[n])
+    assert together.shape == (20, 257)
     torch.manual_seed(7)
-    assert torch.equal(together, captured_noise(trainer, monkeypatch, 42, range(20)))
+    assert torch.equal(together, trainer.draw_noise(args, draws_of(range(20)), 257))
 
 
-def test_neighbouring_seeds_share_no_draw(trainer, monkeypatch):
-    rows = torch.cat(
-        [captured_noise(trainer, monkeypatch, seed, range(30)) for seed in range(40, 45)]
-    )
+def test_neighbouring_seeds_share_no_draw(trainer):
+    noise = []
+    for seed in range(40, 45):
+        noise.append(trainer.draw_noise(constants(trainer, SEED=seed), draws_of(range(30)), 257))
+    rows = torch.cat(noise)
     assert len(torch.unique(rows, dim=0)) == 150
     assert 0 <= rows.min() and rows.max() < 1
+
+
+def test_a_batch_is_corrupted_with_the_noise_of_its_draws(trainer, args):
+    """make_batch is pad_rows, draw_noise and corrupt; a row does not depend on the others."""
+    args.MASK_ID = 999
+    rng = np.random.default_rng(0)
+    examples = [(int(n), torch.arange(n + 9)) for n in rng.integers(1, 30, 10)]
+    draws = draws_of(range(100, 110), samples=range(10))
+    rows = trainer.pad_rows(args, examples, draws, 7)
+    noise = trainer.draw_noise(args, draws, 1 + args.MAX_LEN)
+    expected = rows[0], *trainer.corrupt(args, *rows, noise)
+    batch = trainer.make_batch(args, examples, draws, 7)
+    for ours, theirs in zip(batch, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    for n in range(10):
+        alone = trainer.make_batch(args, examples, draws[n : n + 1], 7)
+        for ours, theirs in zip(alone, batch, strict=True):
+            assert torch.equal(ours[0], theirs[n])

@@ -4,71 +4,24 @@ import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import decode
 import pytest
-import suite
 import torch
-from toy_llada.configuration_llada import LLaDAConfig
-from toy_llada.modeling_llada import LLaDAModelLM
+from helpers import (
+    EOS,
+    EOT,
+    IDS,
+    MASK,
+    VOCABULARY,
+    decode_one,
+    prompts_of,
+    small_llada,
+    without_mask,
+)
 
 import pt
-
-MASK = 7
-EOS = 3
-EOT = 5
-VOCABULARY = 24
-IDS = {"mask_id": MASK, "eos_id": EOS, "eot_id": EOT}
-
-
-def small_model(seed, vocabulary=VOCABULARY):
-    """A LLaDA with random weights, large enough that its predictions differ between positions."""
-    torch.manual_seed(seed)
-    config = LLaDAConfig(
-        d_model=16,
-        n_layers=2,
-        n_heads=2,
-        mlp_hidden_size=32,
-        init_std=0.4,
-        vocab_size=vocabulary,
-        mask_token_id=MASK,
-    )
-    return LLaDAModelLM(config).eval()
-
-
-def without_mask(model):
-    """The model, which now never predicts [MASK], as is true of trained ones."""
-
-    def forbid(_, inputs, logits):
-        return logits.index_fill(-1, torch.tensor([MASK]), -1e4)
-
-    model.get_output_embeddings().register_forward_hook(forbid)
-    return model
-
-
-def prompts_of(rng, *lengths):
-    """Random prompts of these lengths, without MASK."""
-    choices = torch.tensor([id_ for id_ in range(VOCABULARY) if id_ != MASK])
-    prompts = []
-    for length in lengths:
-        picked = torch.randint(len(choices), (length,), generator=rng)
-        prompts.append(choices[picked])
-    return prompts
-
-
-def decode_one(model, prompt, **options):
-    """The answer to one prompt, and the canvases (L,) that the model was given."""
-    canvases = []
-
-    def keep(_, canvas):
-        canvases.append(canvas[0].clone())
-
-    answers = decode.decode(model, [prompt], **{**IDS, **options}, callback=keep)
-    return answers[0], canvases
-
 
 # --------------------------------------------------------------------------- the plain definition
 
@@ -112,7 +65,7 @@ def until_end(answer, block_length):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_reference_decoder(seed, logits_eos_inf, confidence_eos_eot_inf):
     """For any block length and number of steps; blocks after the answer's end stay masked."""
-    model = without_mask(small_model(seed))
+    model = without_mask(small_llada(seed))
     rng = torch.Generator().manual_seed(seed)
     for block_length, steps_per_block in itertools.product((1, 4, 6, 12), (1, 2, 5, 14)):
         prompt_len = int(torch.randint(1, 9, (), generator=rng))
@@ -196,7 +149,7 @@ def test_random_remasking_has_no_confidences_to_change():
 
 
 def test_logits_eos_inf():
-    model = small_model(8)
+    model = small_llada(8)
     prompts = prompts_of(torch.Generator().manual_seed(8), *[5] * 30)
     options = {"gen_length": 6, "block_length": 6, "steps": 6, **IDS}
     assert (decode.decode(model, prompts, **options) == EOS).any()
@@ -243,7 +196,7 @@ def test_equal_confidences_are_committed_from_left_to_right():
     ],
 )
 def test_a_batch_gives_what_single_prompts_give(options):
-    model = small_model(8)
+    model = small_llada(8)
     prompts = prompts_of(torch.Generator().manual_seed(8), *range(1, 14))
     options = {"gen_length": 18, "block_length": 6, "steps": 9, **IDS, **options}
     forwards = [0] * len(prompts)
@@ -267,7 +220,7 @@ def test_a_batch_gives_what_single_prompts_give(options):
     "options", [{"temperature": 0.8}, {"remasking": "random"}, {"threshold": 0.6}]
 )
 def test_options_change_answers(options):
-    model = small_model(8)
+    model = small_llada(8)
     prompts = prompts_of(torch.Generator().manual_seed(8), *range(1, 14))
     plain = {"gen_length": 18, "block_length": 6, "steps": 9, **IDS}
     assert not decode.decode(model, prompts, **plain, **options).equal(
@@ -277,7 +230,7 @@ def test_options_change_answers(options):
 
 def test_threshold():
     """Each step commits every token above the threshold, or else the surest one."""
-    model = without_mask(small_model(27))
+    model = without_mask(small_llada(27))
     (prompt,) = prompts_of(torch.Generator().manual_seed(27), 6)
     options = {"gen_length": 8, "block_length": None, "steps": 8, "logits_eos_inf": True}
     forwards = {}
@@ -304,7 +257,7 @@ def test_temperature_samples_the_softmax():
     4,000 draws and 24 shares, each within 5 standard deviations and 0.001: a false alarm about
     once in 70,000 runs, if the seeds were not fixed.
     """
-    model = small_model(3)
+    model = small_llada(3)
     (prompt,) = prompts_of(torch.Generator().manual_seed(3), 4)
     options = {"gen_length": 1, "block_length": 1, "steps": 1, "temperature": 1.0, **IDS}
     drawn = decode.decode(model, [prompt] * 4000, **options, seeds=range(4000))[:, 0]
@@ -319,7 +272,7 @@ def test_temperature_samples_the_softmax():
 @torch.no_grad()
 def test_a_head_tied_to_the_embedding():
     """The model itself then applies the head, to all positions; the tokens are the same."""
-    model = small_model(9)
+    model = small_llada(9)
     prompts = prompts_of(torch.Generator().manual_seed(9), 3, 7)
     options = {"gen_length": 8, "block_length": 4, "steps": 4, **IDS}
     embedding = model.get_input_embeddings()
@@ -340,7 +293,7 @@ def test_a_head_tied_to_the_embedding():
 
 
 def test_only_masked_positions_go_through_the_head():
-    model = without_mask(small_model(4))
+    model = without_mask(small_llada(4))
     prompts = prompts_of(torch.Generator().manual_seed(4), 3, 9)
     shapes = []
 
@@ -381,11 +334,11 @@ def test_bad_options(wrong, message):
 def test_bad_prompts(prompt):
     options = {"gen_length": 8, "block_length": 8, "steps": 8, **IDS}
     with pytest.raises(ValueError, match=r"prompts\[1\] is empty or contains mask_id 7"):
-        decode.decode(small_model(0), [[1], prompt], **options)
+        decode.decode(small_llada(0), [[1], prompt], **options)
 
 
 def test_no_prompts():
-    answers = decode.decode(small_model(0), [], gen_length=8, block_length=8, steps=8, **IDS)
+    answers = decode.decode(small_llada(0), [], gen_length=8, block_length=8, steps=8, **IDS)
     assert answers.shape == (0, 8)
 
 
@@ -412,17 +365,6 @@ def test_the_command(toy_folder, capsys):
     canvases = parts[2::2]
     assert [canvas.count("\u25a1") for canvas in canvases] == [8, 6, 4, 2]
     assert canvases[1].endswith("\u25a1" * 4 + "\n")  # the second block waits for the first
-
-
-@pytest.mark.parametrize("script", ["decode.py", "evaluate.py", "grade.py"])
-def test_help_and_wrong_flags_are_answered_before_the_slow_imports(script):
-    """By a Python without any library (-S)."""
-    path = suite.ROOT / "experiments" / script
-    for word, status, message in (("--help", 0, "usage:"), ("--stepz", 2, "error:")):
-        command = [sys.executable, "-S", path, word]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == status
-        assert message in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,21 +10,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from campaign import CONSTANTS, command, contents, start, survive
-from conftest import launch, user_environment
+from helpers import launch, user_environment, wait_until
 from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
-def claimed(trainer, tmp_path, monkeypatch):
+def claimed(trainer, args, tmp_path, monkeypatch):
     """claim_run in an empty folder; the locks are released when the test ends."""
     monkeypatch.chdir(tmp_path)
-    trainer.CKPT_DIR = "run"
+    args.CKPT_DIR = "run"
     opened = []
     flock = fcntl.flock
 
@@ -35,10 +35,11 @@ def claimed(trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", note)
 
     def claim(world_size=1, release=True):
-        examples = trainer.load_examples()
-        run = trainer.describe_run(examples, *trainer.plan(examples, world_size))
+        examples = trainer.load_examples(args)
+        planned = trainer.plan(args, trainer.METHOD, examples, world_size)
         try:
-            return trainer.claim_run(run)
+            record = trainer.describe_run(args, trainer.METHOD, examples, *planned)
+            return trainer.claim_run(args, record)
         finally:
             while release and opened:
                 os.close(opened.pop())
@@ -48,19 +49,17 @@ def claimed(trainer, tmp_path, monkeypatch):
         os.close(descriptor)
 
 
-def test_a_run_begins_with_its_records(trainer, claimed):
+def test_a_run_begins_with_its_records(trainer, args, claimed):
     assert claimed() == ""
     run = json.loads(Path("run_logs/run_config.json").read_text())
-    assert (run["LORA_RANK"], run["world_size"], run["MODEL_REVISION"]) == (4, 1, "main")
-    assert run["script"] == Path(trainer.__file__).name and run["dtype"] in (
-        "torch.bfloat16",
-        "torch.float32",
-    )
+    assert {name: run[name] for name in vars(args)} == vars(args)
+    assert (run["world_size"], run["dtype"]) == (1, str(trainer.compute_dtype()))
+    assert run["script"] == Path(sys.argv[0]).name
     names = {"run_config.json", "ds_zero2.json", "state"}
     if trainer.ABLATION:
         names.add("ablation_config.json")
     assert set(os.listdir("run_logs")) == names
-    assert json.loads(Path("run_logs/ds_zero2.json").read_text()) == trainer.ds_config(3)
+    assert json.loads(Path("run_logs/ds_zero2.json").read_text()) == trainer.ds_config(args, 3)
 
 
 def test_an_unfinished_run_keeps_its_name(claimed):
@@ -92,16 +91,16 @@ def test_names_that_are_taken(claimed, taken):
     assert all(os.listdir(name) == ["file"] for name in taken)
 
 
-def test_another_run_is_refused_and_named(trainer, claimed, tmp_path):
+def test_another_run_is_refused_and_named(trainer, args, claimed, tmp_path):
     claimed()
     before = contents(".")
-    trainer.LORA_RANK, trainer.LR, trainer.TOTAL_TRAIN_STEPS = 8, 2e-3, 2
+    args.LORA_RANK, args.LR, args.TOTAL_TRAIN_STEPS = 8, 2e-3, 2
     with pytest.raises(SystemExit, match=r"LORA_RANK was 4, now 8") as refused:
         claimed()
     message = str(refused.value)
     assert "LR was 1e-05, now 0.002" in message and "another CKPT_DIR" in message
     assert "\n" not in message and "run_logs" in message and "budget" not in message
-    trainer.LORA_RANK, trainer.LR, trainer.TOTAL_TRAIN_STEPS = 4, 1e-5, 3
+    args.LORA_RANK, args.LR, args.TOTAL_TRAIN_STEPS = 4, 1e-5, 3
     record = Path("run_logs/run_config.json")
     begun = record.read_text()
     record.write_text(json.dumps(json.loads(begun) | {"ONLY_THE_TWINS": 3}))
@@ -114,14 +113,14 @@ def test_another_run_is_refused_and_named(trainer, claimed, tmp_path):
         patch.setattr(trainer, "compute_dtype", lambda: torch.float16)
         with pytest.raises(SystemExit, match=r"dtype was .*, now 'torch.float16'"):
             claimed()
-    rows = torch.load(trainer.DATA_PT, weights_only=True)
+    rows = torch.load(args.DATA_PT, weights_only=True)
     rows[0]["full_ids"][-3] += 1
-    original = trainer.DATA_PT
-    trainer.DATA_PT = str(tmp_path / "other.pt")
-    torch.save(rows, trainer.DATA_PT)
+    original = args.DATA_PT
+    args.DATA_PT = str(tmp_path / "other.pt")
+    torch.save(rows, args.DATA_PT)
     with pytest.raises(SystemExit, match="data_sha256"):
         claimed()
-    trainer.DATA_PT = original
+    args.DATA_PT = original
     os.remove("other.pt")
     assert contents(".") == before and claimed() == ""
 
@@ -159,52 +158,50 @@ class Engine:
         self.loaded = tag
 
 
-@pytest.fixture
-def alone(trainer, tmp_path, monkeypatch):
-    """A trainer that is the only rank; its state folder is `tmp_path`."""
-    monkeypatch.setattr(trainer.dist, "barrier", lambda: None)
-    monkeypatch.setattr(trainer.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(trainer.dist, "get_world_size", lambda: 1)
-    return trainer
-
-
-def test_the_state_before_is_kept_until_the_next_is_whole(alone, tmp_path):
-    alone.save_state(Engine(), tmp_path, 2)
-    assert alone.load_state(Engine(), tmp_path) == 2
+def test_the_state_before_is_kept_until_the_next_is_whole(trainer, one_rank, tmp_path):
+    trainer.save_state(Engine(), tmp_path, 2)
+    assert trainer.load_state(Engine(), tmp_path) == 2
     full = RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed")
     with pytest.raises(OSError, match=r"step0004 cannot be saved: .*PytorchStreamWriter"):
-        alone.save_state(Engine(full), tmp_path, 4)
+        trainer.save_state(Engine(full), tmp_path, 4)
     assert sorted(os.listdir(tmp_path)) == ["latest.json", "step0002"]
     (tmp_path / "step0004").mkdir()  # as a kill leaves it
-    assert alone.load_state(Engine(), tmp_path) == 2
+    assert trainer.load_state(Engine(), tmp_path) == 2
     (tmp_path / "step0004").rmdir()
-    alone.save_state(Engine(), tmp_path, 4)
+    trainer.save_state(Engine(), tmp_path, 4)
     assert sorted(os.listdir(tmp_path)) == ["latest.json", "step0004"]
-    assert alone.load_state(Engine(), tmp_path) == 4
+    assert trainer.load_state(Engine(), tmp_path) == 4
 
 
-def test_a_damaged_state_is_refused(alone, tmp_path):
+def test_a_damaged_state_is_refused(trainer, one_rank, tmp_path):
     """DeepSpeed loads the weights without the optimizer, and says nothing, if a file is missing."""
-    assert alone.load_state(Engine(), tmp_path) == 0
-    alone.save_state(Engine(), tmp_path, 2)
+    assert trainer.load_state(Engine(), tmp_path) == 0
+    trainer.save_state(Engine(), tmp_path, 2)
     with pytest.raises(SystemExit, match=r"step0002 is damaged .*delete"):
-        alone.load_state(Engine(EOFError("Ran out of input")), tmp_path)
+        trainer.load_state(Engine(EOFError("Ran out of input")), tmp_path)
     for file in (tmp_path / "step0002").iterdir():
         whole = file.read_text()
         file.unlink()
         engine = Engine()
         with pytest.raises(SystemExit, match=r"step0002 is damaged .*missing.*delete"):
-            alone.load_state(engine, tmp_path)
+            trainer.load_state(engine, tmp_path)
         assert engine.loaded is None
         file.write_text(whole)
-    assert alone.load_state(Engine(), tmp_path) == 2
+    assert trainer.load_state(Engine(), tmp_path) == 2
 
 
-def test_a_checkpoint_appears_when_it_is_whole(alone, tmp_path, monkeypatch):
-    path = tmp_path / "run_step0003"
+@pytest.fixture
+def run(tmp_path):
+    """A run as save_checkpoint uses it."""
     state = tmp_path / "state"
-    (state / "checkpoint").mkdir(parents=True)
-    (state / "checkpoint" / ".tmpX").write_text("what a kill has left")
+    state.mkdir()
+    return SimpleNamespace(state=state, model=None, tokenizer=None)
+
+
+def test_a_checkpoint_appears_when_it_is_whole(trainer, args, one_rank, run, tmp_path, monkeypatch):
+    path = tmp_path / "run_step0003"
+    (run.state / "checkpoint").mkdir()
+    (run.state / "checkpoint" / ".tmpX").write_text("what a kill has left")
     seen = []
 
     def save_merged(model, tokenizer, folder):
@@ -212,23 +209,55 @@ def test_a_checkpoint_appears_when_it_is_whole(alone, tmp_path, monkeypatch):
         (folder / "file").write_text("whole")
         seen.append(path.exists())
 
-    monkeypatch.setattr(alone, "save_merged", save_merged)
-    alone.save_checkpoint(None, None, path, state / "checkpoint")
-    assert seen == [False] and os.listdir(path) == ["file"] and os.listdir(state) == []
-    alone.save_checkpoint(None, None, path, state / "checkpoint")  # it is there already
+    monkeypatch.setattr(trainer, "save_merged", save_merged)
+    trainer.save_checkpoint(args, run, path)
+    assert seen == [False] and os.listdir(path) == ["file"] and os.listdir(run.state) == []
+    trainer.save_checkpoint(args, run, path)  # it is there already
     assert seen == [False]
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_nothing(alone, tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(
+    trainer, args, one_rank, run, tmp_path, monkeypatch
+):
     def save_merged(model, tokenizer, folder):
         folder.mkdir()
         (folder / "file").write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(alone, "save_merged", save_merged)
+    monkeypatch.setattr(trainer, "save_merged", save_merged)
     with pytest.raises(OSError, match="No space left"):
-        alone.save_checkpoint(None, None, tmp_path / "run_step0003", tmp_path / "checkpoint")
-    assert os.listdir(tmp_path) == []
+        trainer.save_checkpoint(args, run, tmp_path / "run_step0003")
+    assert os.listdir(tmp_path) == ["state"] and os.listdir(run.state) == []
+
+
+class Bar:
+    def set_postfix(self, **shown):
+        self.shown = shown
+
+
+@pytest.mark.parametrize(
+    ("save_every", "state_every", "checkpoints", "states"),
+    [(None, None, [7], []), (3, 2, [3, 6, 7], [2, 4, 6]), (7, 7, [7], [])],
+)
+def test_what_is_saved_when(
+    trainer, args, one_rank, tmp_path, monkeypatch, save_every, state_every, checkpoints, states
+):
+    """The last step saves a checkpoint, and no state; the checkpoint is saved before the state."""
+    args.CKPT_DIR, args.SAVE_EVERY, args.STATE_EVERY = "run", save_every, state_every
+    run = SimpleNamespace(draws=[None] * 7, suffix="-v2", engine=None, state=None, bar=Bar(), lr=0)
+    saved = []
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda args, run, path: saved.append(path))
+    monkeypatch.setattr(trainer, "save_state", lambda engine, state, step: saved.append(step))
+    with open(tmp_path / "log", "w") as run.log:
+        for step in range(1, 8):
+            trainer.end_step(args, run, step, step / 4, args.STATE_EVERY)
+    paths = [f"run_step{step:04d}-v2" for step in checkpoints]
+    assert [item for item in saved if isinstance(item, str)] == paths
+    assert [item for item in saved if isinstance(item, int)] == states
+    if 6 in states:
+        assert saved.index("run_step0006-v2") < saved.index(6)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines == [f"{step},{step / 4:.6f}" for step in range(1, 8)]
 
 
 @pytest.mark.parametrize("step", [0, 1, 3])
@@ -242,12 +271,12 @@ def test_the_log_is_cut_back_to_the_saved_step(trainer, tmp_path, step):
     assert path.read_text() == "".join(kept) + f"{step + 1},9\n"
 
 
-# ---------------------------------------------------------------------------- launched
+# ------- launched
 
 
-def run_of(script, ranks, toy_folder, folder, **constants):
+def run_of(script, ranks, toy_folder, folder, **changes):
     """Run to the end with the campaign's constants; (exit status, what it printed)."""
-    return launch(command(script, ranks, toy_folder, **constants), folder)
+    return launch(command(script, ranks, toy_folder, **changes), folder)
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +296,7 @@ def whole(toy_folder, tmp_path_factory):
     return contents(folder)
 
 
+@pytest.mark.slow
 def test_kills_on_one_rank(toy_folder, tmp_path, whole):
     """At seeded moments; the long campaign is campaign.py. A run may end before a moment is met."""
     moments = ["before the first step", "saving a state", "in a step", "saving a checkpoint"]
@@ -279,6 +309,7 @@ def test_kills_on_one_rank(toy_folder, tmp_path, whole):
     assert contents(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 def test_kills_on_two_ranks(toy_folder, tmp_path):
     """Of one rank, after which the launch ends and says what happened, and of all processes."""
     reference = tmp_path / "reference"
@@ -303,13 +334,7 @@ def limit_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
 
 
-def wait_until_exists(path, run):
-    deadline = time.time() + 200
-    while not path.exists():
-        assert time.time() < deadline and run.poll() is None
-        time.sleep(0.01)
-
-
+@pytest.mark.slow
 def test_a_full_disk_and_two_starts(toy_folder, tmp_path, whole):
     """A full disk ends the run with one message; it resumes, and no second one beside it."""
     run = subprocess.run(
@@ -328,7 +353,7 @@ def test_a_full_disk_and_two_starts(toy_folder, tmp_path, whole):
     assert "step0008" in os.listdir(state) and "checkpoint" not in os.listdir(state)
 
     first = start("fullseq", 1, toy_folder, tmp_path)
-    wait_until_exists(tmp_path / "run_step0012", first)
+    wait_until((tmp_path / "run_step0012").exists, first)
     first.send_signal(signal.SIGSTOP)
     status, printed = run_of("fullseq", 1, toy_folder, tmp_path)
     assert status == 1 and "run_logs is in use by another process" in printed
@@ -338,6 +363,7 @@ def test_a_full_disk_and_two_starts(toy_folder, tmp_path, whole):
     assert contents(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_a_path_that_cannot_be_written(toy_folder, tmp_path):
     (tmp_path / "file").write_text("")
     place = tmp_path / "file" / "run"
@@ -347,6 +373,7 @@ def test_a_path_that_cannot_be_written(toy_folder, tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(toy_folder, tmp_path):
     """The message names the step and the rows; the state before is as it was."""
     rows = torch.load(toy_folder / "train.pt", weights_only=True)

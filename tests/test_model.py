@@ -3,21 +3,25 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import decode
 import evaluate
 import pytest
 import torch
 from accelerate import init_empty_weights
+from helpers import constants, small_llada
 from safetensors.torch import load_file
-from toy_llada.configuration_llada import LLaDAConfig
-from toy_llada.modeling_llada import LLaDAModelLM
+from toy_task.llada.configuration_llada import LLaDAConfig
+from toy_task.llada.modeling_llada import LLaDAModelLM, rotary_angles, rotate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train_blockwise
 
-def adapted(trainer, scale=0.3):
+
+def adapted(trainer, args, scale=0.3):
     """The toy with an adapter whose B is not zero, as after training."""
-    model = trainer.build_model("cpu")
+    model = trainer.build_model(args, "cpu")
     torch.manual_seed(5)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -25,32 +29,33 @@ def adapted(trainer, scale=0.3):
     return model.to(torch.bfloat16)  # as DeepSpeed's engine does
 
 
-def merged_weights(trainer, model, folder):
-    """What save_merged writes, and the folder it wrote."""
-    trainer.save_merged(
-        model, AutoTokenizer.from_pretrained(trainer.MODEL_NAME, fix_mistral_regex=False), folder
-    )
+def tokenizer_of(folder):
+    return AutoTokenizer.from_pretrained(folder, fix_mistral_regex=False)
+
+
+def merged_weights(trainer, args, model, folder):
+    """What save_merged writes to `folder`."""
+    trainer.save_merged(model, tokenizer_of(args.MODEL_NAME), folder)
     return load_file(os.path.join(folder, "model.safetensors"))
 
 
-def base_weights(trainer):
-    return load_file(os.path.join(trainer.MODEL_NAME, "model.safetensors"))
+def base_weights(args):
+    return load_file(os.path.join(args.MODEL_NAME, "model.safetensors"))
 
 
-def test_merge_is_the_definition_and_touches_nothing_else(trainer, tmp_path):
-    trainer.LORA_RANK, trainer.LORA_ALPHA = 4, 6
-    model = adapted(trainer)
+def test_merge_is_the_definition_and_touches_nothing_else(trainer, args, tmp_path):
+    args.LORA_RANK, args.LORA_ALPHA = 4, 6
+    model = adapted(trainer, args)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    merged, base = merged_weights(trainer, model, tmp_path), base_weights(trainer)
+    merged, base = merged_weights(trainer, args, model, tmp_path), base_weights(args)
     assert merged.keys() == base.keys()
     for name, weight in base.items():
         if name.removesuffix(".weight").endswith(("q_proj", "k_proj", "v_proj", "up_proj")):
             prefix = f"base_model.model.{name.removesuffix('.weight')}"
             a, b = (before[f"{prefix}.lora_{x}.default.weight"].double() for x in "AB")
             exact = weight.double() + 6 / 4 * b @ a
-            assert (
-                merged[name].double() - exact
-            ).abs().max() <= exact.abs().max() * 2**-8  # bf16's rounding
+            error = (merged[name].double() - exact).abs().max()
+            assert error <= exact.abs().max() * 2**-8  # bf16's rounding
             assert not torch.equal(merged[name], weight)
         else:
             assert torch.equal(merged[name], weight)
@@ -58,60 +63,42 @@ def test_merge_is_the_definition_and_touches_nothing_else(trainer, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_merged_model_computes_what_the_adapted_one_does(trainer, tmp_path):
-    model = adapted(trainer, scale=0.05).eval()
-    plain = (
-        AutoModelForCausalLM.from_pretrained(trainer.MODEL_NAME, trust_remote_code=True)
-        .float()
-        .eval()
-    )
+def test_merged_model_computes_what_the_adapted_one_does(trainer, args, tmp_path):
+    model = adapted(trainer, args, scale=0.05).eval()
+    plain = AutoModelForCausalLM.from_pretrained(args.MODEL_NAME, trust_remote_code=True)
+    plain = plain.float().eval()
+    merged = merged_weights(trainer, args, model, tmp_path)
     ids = torch.randint(1500, (2, 20))
     with torch.no_grad():
         before = plain(input_ids=ids).logits
-        plain.load_state_dict(
-            {
-                name: weight.float()
-                for name, weight in merged_weights(trainer, model, tmp_path).items()
-            }
-        )
+        plain.load_state_dict({name: weight.float() for name, weight in merged.items()})
         ours, theirs = plain(input_ids=ids).logits, model.float()(input_ids=ids).logits
     assert (ours - theirs).abs().max() < 0.05 * (before - theirs).abs().max()
 
 
-def test_checkpoint_loads_by_itself(trainer, tmp_path):
-    model = adapted(trainer)
-    weights = merged_weights(trainer, model, tmp_path / "a" / "checkpoint")
-    whole = {
-        "model.safetensors",
-        "tokenizer.json",
-        "config.json",
-        "modeling_llada.py",
-        "configuration_llada.py",
-    }
-    assert whole <= set(os.listdir(tmp_path / "a" / "checkpoint"))
-    loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "a" / "checkpoint", trust_remote_code=True, dtype="auto"
-    )
+def test_checkpoint_loads_by_itself(trainer, args, tmp_path):
+    folder = tmp_path / "a" / "checkpoint"
+    weights = merged_weights(trainer, args, adapted(trainer, args), folder)
+    names = {"model.safetensors", "tokenizer.json", "config.json"}
+    code = {"modeling_llada.py", "configuration_llada.py"}
+    assert names | code <= set(os.listdir(folder))
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
     assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in weights.items())
-    tokenizers = [
-        AutoTokenizer.from_pretrained(path, fix_mistral_regex=False)
-        for path in (trainer.MODEL_NAME, tmp_path / "a" / "checkpoint")
-    ]
-    assert tokenizers[0].chat_template == tokenizers[1].chat_template
-    assert tokenizers[0]("12 pens")["input_ids"] == tokenizers[1]("12 pens")["input_ids"]
+    one, other = tokenizer_of(args.MODEL_NAME), tokenizer_of(folder)
+    assert one.chat_template == other.chat_template
+    assert one("12 pens")["input_ids"] == other("12 pens")["input_ids"]
 
 
-def test_the_adapter_beside_a_checkpoint_gives_the_same_weights(trainer, tmp_path, monkeypatch):
+def test_the_adapter_beside_a_checkpoint_gives_the_same_weights(trainer, args, tmp_path, one_rank):
     """Loaded by decode.py and evaluate.py with its base, and merged in float32."""
-    monkeypatch.setattr(trainer.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(trainer.dist, "barrier", lambda: None)
-    monkeypatch.setattr(trainer, "SAVE_ADAPTER", True)
-    tokenizer = AutoTokenizer.from_pretrained(trainer.MODEL_NAME, fix_mistral_regex=False)
-    trainer.save_checkpoint(adapted(trainer), tokenizer, tmp_path / "run", tmp_path / "unfinished")
+    args.SAVE_ADAPTER = True
+    run = SimpleNamespace(state=tmp_path / "state", model=adapted(trainer, args))
+    run.tokenizer = tokenizer_of(args.MODEL_NAME)
+    trainer.save_checkpoint(args, run, tmp_path / "run")
     adapter = str(tmp_path / "run" / "adapter")
     assert set(os.listdir(adapter)) >= {"adapter_config.json", "adapter_model.safetensors"}
     assert os.path.getsize(f"{adapter}/adapter_model.safetensors") < 2**20
-    assert decode.base_of(adapter, "x") == (trainer.MODEL_NAME, trainer.MODEL_REVISION)
+    assert decode.base_of(adapter, "x") == (args.MODEL_NAME, args.MODEL_REVISION)
 
     merged = load_file(tmp_path / "run" / "model.safetensors")
     loaded = decode.load_model(adapter, dtype=torch.float32).state_dict()
@@ -119,56 +106,54 @@ def test_the_adapter_beside_a_checkpoint_gives_the_same_weights(trainer, tmp_pat
     assert all(torch.equal(loaded[name].bfloat16(), merged[name]) for name in merged)
     config, vocabulary = evaluate.load_config(adapter, "main")
     assert (config.model_type, vocabulary) == ("llada", len(merged["model.transformer.wte.weight"]))
-    identities = {
-        evaluate.model_identity(str(path), config) for path in (adapter, trainer.MODEL_NAME)
-    }
+    identities = {evaluate.model_identity(str(path), config) for path in (adapter, args.MODEL_NAME)}
     assert len(identities) == 2
 
 
-def test_targets_never_reach_the_head(trainer):
-    """`ff_out` names a layer of every block and the LM head (T12)."""
-    trainer.TARGET_MODS = ["ff_out", "q_proj", "gate_proj"]
-    model = AutoModelForCausalLM.from_pretrained(trainer.MODEL_NAME, trust_remote_code=True)
-    expected = {
-        f"model.transformer.blocks.{i}.{end}" for i in range(3) for end in ("ff_out", "q_proj")
-    }
-    assert set(trainer.lora_targets(model)) == expected
-    trained = {n for n, p in trainer.build_model("cpu").named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * 6 and all(
-        ".blocks." in name and ".lora_" in name for name in trained
-    )
+def test_targets_never_reach_the_head(trainer, args):
+    """`ff_out` names a layer of every block and the LM head."""
+    args.TARGET_MODS = ["ff_out", "q_proj", "gate_proj"]
+    model = AutoModelForCausalLM.from_pretrained(args.MODEL_NAME, trust_remote_code=True)
+    expected = set()
+    for layer in range(3):
+        expected |= {f"model.transformer.blocks.{layer}.{end}" for end in ("ff_out", "q_proj")}
+    assert set(trainer.lora_targets(args, model)) == expected
+    trained = {n for n, p in trainer.build_model(args, "cpu").named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 6
+    assert all(".blocks." in name and ".lora_" in name for name in trained)
 
 
-def test_alpha_is_tied_to_the_rank(trainer):
+def test_alpha_is_tied_to_the_rank(trainer, args):
     for rank, alpha, scale in ((4, None, 2.0), (8, None, 2.0), (8, 4, 0.5)):
-        trainer.LORA_RANK, trainer.LORA_ALPHA = rank, alpha
-        layer = trainer.build_model("cpu").get_base_model().model.transformer.blocks[0].q_proj
+        args.LORA_RANK, args.LORA_ALPHA = rank, alpha
+        layer = trainer.build_model(args, "cpu").get_base_model().model.transformer.blocks[0].q_proj
         assert layer.scaling["default"] == scale and layer.lora_A["default"].weight.shape[0] == rank
 
 
-def test_loading(trainer, monkeypatch):
-    """Straight to its device in bf16 (T24), with LoRA's dropout on."""
-    given, load = {}, AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(
-        trainer.AutoModelForCausalLM,
-        "from_pretrained",
-        lambda name, **how: given.update(how) or load(name, **how),
-    )
-    trainer.LORA_DROPOUT = 0.3
-    model = trainer.build_model("cpu").train()
-    assert (given["dtype"], given["device_map"]) == (torch.bfloat16, {"": "cpu"})
-    dropouts = {
-        module.p for name, module in model.named_modules() if name.endswith("lora_dropout.default")
-    }
+def test_loading(trainer, args, monkeypatch):
+    """Straight to its device in bf16, with LoRA's dropout on."""
+    given = {}
+    from_pretrained = AutoModelForCausalLM.from_pretrained
+
+    def load(name, **options):
+        given.update(options)
+        return from_pretrained(name, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    args.LORA_DROPOUT = 0.3
+    model = trainer.build_model(args, "cpu").train()
+    assert (given["dtype"], given["device_map"]) == (trainer.compute_dtype(), {"": "cpu"})
+    dropouts = set()
+    for name, module in model.named_modules():
+        if name.endswith("lora_dropout.default"):
+            dropouts.add(module.p)
     assert dropouts == {0.3}
 
 
-def test_the_adapter_is_the_same_on_every_rank(trainer):
-    one, _, other = (
-        trainer.build_model("cpu").state_dict(),
-        torch.rand(7),
-        trainer.build_model("cpu").state_dict(),
-    )
+def test_the_adapter_is_the_same_on_every_rank(trainer, args):
+    one = trainer.build_model(args, "cpu").state_dict()
+    torch.rand(7)
+    other = trainer.build_model(args, "cpu").state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
@@ -182,20 +167,15 @@ def test_toy_llada_scales_to_the_real_shape():
 
 
 def test_toy_llada_is_bidirectional_and_knows_positions():
-    torch.manual_seed(0)
-    model = LLaDAModelLM(
-        LLaDAConfig(
-            d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=32, vocab_size=40, init_std=0.3
-        )
-    )
+    model = small_llada(init_std=0.3, vocab_size=40)
     ids = torch.arange(8)[None]
     changed = ids.clone()
     changed[0, 7] = 30
-    logits = model.eval()(input_ids=ids).logits
-    assert (
-        logits[0, 0] - model(input_ids=changed).logits[0, 0]
-    ).abs().max() > 1e-3  # the last token reaches the first
-    assert (logits[0] - model(input_ids=ids.flip(1)).logits[0].flip(0)).abs().max() > 1e-3
+    logits = model(input_ids=ids).logits
+    other = model(input_ids=changed).logits
+    assert (logits[0, 0] - other[0, 0]).abs().max() > 1e-3  # the last token reaches the first
+    reverse = model(input_ids=ids.flip(1)).logits
+    assert (logits[0] - reverse[0].flip(0)).abs().max() > 1e-3
     hidden = torch.ones(1, 8)
     hidden[0, 7] = 0
     masked = [model(input_ids=x, attention_mask=hidden).logits[0, :7] for x in (ids, changed)]
@@ -203,8 +183,6 @@ def test_toy_llada_is_bidirectional_and_knows_positions():
 
 
 def test_toy_rotary_attention_depends_on_distance_alone():
-    from toy_llada.modeling_llada import rotary_angles, rotate
-
     config = LLaDAConfig(d_model=16, n_heads=2)
     angles = rotary_angles(30, config, "cpu").double()
     torch.manual_seed(0)
@@ -214,14 +192,13 @@ def test_toy_rotary_attention_depends_on_distance_alone():
     assert (scores[0] - (q * k).sum()).abs() > 1e-3
 
 
-def loss_and_gradients(trainer, **constants):
+def loss_and_gradients(trainer, args):
     """Loss and gradients of two rows, and the bytes that the layers keep for the backward pass."""
-    for name, value in constants.items():
-        setattr(trainer, name, value)
-    model, kept = adapted(trainer).train(), {}
+    model, kept = adapted(trainer, args).train(), {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    examples = trainer.load_examples()
-    draws, numbers = trainer.plan(examples, 1)
+    examples = trainer.load_examples(args)
+    draws, _ = trainer.plan(args, trainer.METHOD, examples, 1)
+    batch = trainer.make_batch(args, examples, draws[0, 0, 0], 0)
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -232,44 +209,39 @@ def loss_and_gradients(trainer, **constants):
 
     torch.manual_seed(0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = trainer.supervised_loss(
-            model, *trainer.make_batch(examples, draws, numbers[0, 0, 0], 0)
-        )
+        loss = trainer.supervised_loss(args, model, *batch)
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     assert len(gradients) == 2 * 4 * 3 and all(gradient.any() for gradient in gradients)
-    return (
-        loss.detach(),
-        torch.cat([gradient.flatten() for gradient in gradients]),
-        sum(kept.values()),
-    )
+    return loss.detach(), torch.cat([part.flatten() for part in gradients]), sum(kept.values())
 
 
-def test_activation_checkpointing_changes_memory_alone(trainer):
+def test_activation_checkpointing_changes_memory_alone(trainer, args):
     """Bit for bit, dropout included; the layers keep little but their inputs."""
-    trainer.LORA_DROPOUT = 0.3
-    loss, gradients, kept = loss_and_gradients(trainer)
-    lean_loss, lean_gradients, lean_kept = loss_and_gradients(
-        trainer, ACTIVATION_CHECKPOINTING=True
-    )
+    args.LORA_DROPOUT = 0.3
+    loss, gradients, kept = loss_and_gradients(trainer, args)
+    args.ACTIVATION_CHECKPOINTING = True
+    lean_loss, lean_gradients, lean_kept = loss_and_gradients(trainer, args)
     assert torch.equal(loss, lean_loss) and torch.equal(gradients, lean_gradients)
     assert lean_kept < 0.5 * kept
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU, torch.compile needs g++")
-def test_compiled_is_the_same_to_rounding(blockwise, monkeypatch):
+def test_compiled_is_the_same_to_rounding(toy_folder, monkeypatch):
     compiled = []
     compile_module = torch.nn.Module.compile
 
-    def note(module, *args, **kwargs):
+    def note(module, *how, **options):
         compiled.append(module)
-        compile_module(module, *args, **kwargs)
+        compile_module(module, *how, **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", note)
-    blockwise.LORA_DROPOUT = 0.0
-    loss, gradients, kept = loss_and_gradients(blockwise)
+    args = constants(train_blockwise, toy_folder, LORA_DROPOUT=0.0)
+    loss, gradients, kept = loss_and_gradients(train_blockwise, args)
     assert not compiled  # COMPILE is False
-    fast_loss, fast_gradients, fast_kept = loss_and_gradients(blockwise, COMPILE=True)
+    args.COMPILE = True
+    fast_loss, fast_gradients, fast_kept = loss_and_gradients(train_blockwise, args)
     assert len(compiled) == 3  # the layers
     torch.testing.assert_close(fast_loss, loss, rtol=2e-3, atol=0)
     assert (fast_gradients - gradients).float().norm() < 0.02 * gradients.float().norm()
@@ -284,22 +256,22 @@ def test_compiled_is_the_same_to_rounding(blockwise, monkeypatch):
         ("cuda", False, torch.bfloat16),
     ],
 )
-def test_dtype(trainer, monkeypatch, device, has_bf16, dtype):
+def test_dtype(trainer, args, monkeypatch, device, has_bf16, dtype):
     """A CPU without bf16 arithmetic computes in float32; a GPU never does."""
     monkeypatch.setattr(trainer.deepspeed.get_accelerator(), "device_name", lambda: device)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
     assert trainer.compute_dtype() == dtype
-    assert trainer.ds_config(3)["bf16"]["enabled"] == (dtype == torch.bfloat16)
+    assert trainer.ds_config(args, 3)["bf16"]["enabled"] == (dtype == torch.bfloat16)
     if device == "cpu":
-        weights = trainer.build_model("cpu").get_base_model().get_input_embeddings().weight
+        weights = trainer.build_model(args, "cpu").get_base_model().get_input_embeddings().weight
         assert weights.dtype == dtype
 
 
-def test_a_checkpoint_of_a_float32_run_is_bf16(trainer, tmp_path, monkeypatch):
+def test_a_checkpoint_of_a_float32_run_is_bf16(trainer, args, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    model = trainer.build_model("cpu")
-    merged = merged_weights(trainer, model, tmp_path)
-    assert all(torch.equal(merged[name], weight) for name, weight in base_weights(trainer).items())
+    model = trainer.build_model(args, "cpu")
+    merged = merged_weights(trainer, args, model, tmp_path)
+    assert all(torch.equal(merged[name], weight) for name, weight in base_weights(args).items())
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "auto_map" in config
     assert model.get_base_model().get_input_embeddings().weight.dtype == torch.float32

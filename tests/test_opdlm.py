@@ -3,55 +3,77 @@
 import itertools
 import json
 import os
-import random
-import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
-import chains
 import decode
 import evaluate
 import numpy as np
 import pytest
 import torch
 import train_opdlm
-from campaign import kill
-from conftest import SUITE, flags, launch, launcher, prepare, run_pt, user_environment
+from decoding import block_causal
+from helpers import (
+    AR_EOS,
+    AR_MASK,
+    AR_SHAPE,
+    AR_VOCABULARY,
+    OF_AR_TOY,
+    SUITE,
+    build_ar_toy,
+    constants,
+    draws_of,
+    flags,
+    kill_after_a_state,
+    launch,
+    launcher,
+    losses,
+    small_qwen,
+)
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_launch import losses
-from torch.nn.functional import kl_div
-from transformers import AutoModelForCausalLM, Qwen3Config
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import Qwen3Config
 
-V, MASK, EOS = 40, 38, 39
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.5,
-    "tie_word_embeddings": True,
-}
+import train_fullseq
+
+LOSSES = ("kl", "cross-entropy")
+PROMPTS = [torch.arange(1, 8), torch.arange(3, 6), torch.arange(9, 20), torch.arange(2, 4)]
+EXAMPLES = [
+    (3, torch.tensor([1, 2, 3, 11, 12, 13, 14, 15, AR_EOS])),
+    (2, torch.tensor([4, 5, 21, 22, AR_EOS])),
+    (4, torch.arange(6, 30)),
+]
+DRAWS = draws_of([0, 1, 2], samples=[2, 0, 1])
 
 
 @pytest.fixture
-def opdlm(monkeypatch, toy_folder):
-    module = prepare(train_opdlm, monkeypatch, toy_folder)
-    module.MASK_ID, module.BLOCK_SIZE, module.THRESHOLD = MASK, 4, 0.5
-    return module
+def args():
+    """Constants for `model`."""
+    return constants(train_opdlm, MASK_ID=AR_MASK, BLOCK_SIZE=4, THRESHOLD=0.5)
 
 
 @pytest.fixture
 def model():
-    """A small Qwen3 in float32, whose distributions are far from uniform."""
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=V, **SHAPE)).eval()
+    return small_qwen()
 
 
-PROMPTS = [torch.arange(1, 8), torch.arange(3, 6), torch.arange(9, 20), torch.arange(2, 4)]
+def run_of(model):
+    """A run as the rollouts and the loss use it."""
+    tokenizer = SimpleNamespace(eos_token_id=AR_EOS)
+    return SimpleNamespace(model=model, engine=model, tokenizer=tokenizer, examples=EXAMPLES)
+
+
+def adapted(model, **options):
+    """The model with an adapter that changes it."""
+    options = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": False} | options
+    return get_peft_model(model, LoraConfig(r=4, **options)).eval()
+
+
+def answers_of(seed, rows, columns):
+    torch.manual_seed(seed)
+    return torch.randint(AR_MASK, (rows, columns))
 
 
 def block_causal_logits(model, ids, prompt_len, size):
@@ -64,12 +86,10 @@ def block_causal_logits(model, ids, prompt_len, size):
     return model(input_ids=ids[None], attention_mask=mask[None, None]).logits[0]
 
 
-# ------------------------------------------------------------------------------------- attention
-
-
+# ------- attention
 @pytest.mark.parametrize(("prompt", "answer"), [(5, 8), (4, 12), (1, 4)])
-def test_a_training_row_is_seen_as_defined(opdlm, prompt, answer):
-    sees = opdlm.training_sees(prompt, answer)
+def test_a_training_row_is_seen_as_defined(args, prompt, answer):
+    sees = block_causal.training_sees(args, prompt, answer)
     positions = [("x0", i) for i in range(-prompt, answer)] + [("x_t", i) for i in range(answer)]
     for (row, one), (column, other) in itertools.product(enumerate(positions), repeat=2):
         (kind, i), (other_kind, j) = one, other
@@ -82,154 +102,163 @@ def test_a_training_row_is_seen_as_defined(opdlm, prompt, answer):
         assert sees[row, column] == expected, (one, other)
 
 
-def answers_of(seed, rows, columns):
-    torch.manual_seed(seed)
-    return torch.randint(MASK, (rows, columns))
-
-
-def record_logits(opdlm, monkeypatch):
-    """Let kl_divergence note what it is given; the list of (teacher, student) logits."""
-    noted = []
-    original = opdlm.kl_divergence
-
-    def kl_divergence(teacher_logits, student_logits):
-        noted.append((teacher_logits.detach(), student_logits.detach()))
-        return original(teacher_logits, student_logits)
-
-    monkeypatch.setattr(opdlm, "kl_divergence", kl_divergence)
-    return noted
-
-
+# ------- the loss
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("full", [False, True])
-def test_one_pass_gives_the_logits_of_block_by_block_decoding(
-    opdlm, model, monkeypatch, shift, full
-):
+def test_one_pass_gives_the_logits_of_block_by_block_decoding(args, model, shift, full):
     """And the teacher those of the autoregressive model, rolled by one position.
 
-    Each row alone, each block alone, without padding, cache or adapter for the teacher.
+    Each row alone, each block alone, without padding, cache or adapter for the teacher. With the
+    loss, and that of cross-entropy.
     """
-    opdlm.LOGIT_SHIFT = shift
-    student, teacher = model, None
-    if full:
-        torch.manual_seed(1)
-        teacher = AutoModelForCausalLM.from_config(model.config).eval()
-    else:
-        lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-        student = get_peft_model(model, lora).eval()
+    args.LOGIT_SHIFT = shift
+    student = model if full else adapted(model)
+    teacher = small_qwen(1) if full else None
     answers = answers_of(2, 4, 12)
     loss_mask = torch.rand(answers.shape) < 0.6
-    noisy_ids = answers.masked_fill(loss_mask, MASK)
-    noted = record_logits(opdlm, monkeypatch)
-    loss = opdlm.distillation_loss(student, teacher, PROMPTS, answers, noisy_ids, loss_mask)
-    targets, logits = [torch.cat(part) for part in zip(*noted, strict=True)]
+    noisy_ids = answers.masked_fill(loss_mask, AR_MASK)
+    batch = PROMPTS, answers, noisy_ids, loss_mask
+    targets = train_opdlm.teacher_logits(student, teacher, PROMPTS, answers, loss_mask)
+    logits = train_opdlm.student_logits(args, student, *batch)
 
-    number, total = 0, 0
-    for prompt, answer, noisy, masked in zip(PROMPTS, answers, noisy_ids, loss_mask, strict=True):
-        row_loss = []
+    number, kl_total, nll_total = 0, 0, 0
+    for prompt, answer, noisy, masked in zip(*batch, strict=True):
+        row_kl, row_nll = [], []
         for pos in masked.nonzero().flatten().tolist():
             start = pos // 4 * 4
             so_far = torch.cat([prompt, answer[:start], noisy[start : start + 4]])
-            expected = block_causal_logits(student, so_far, len(prompt), 4)
-            place = len(prompt) + pos - shift
-            torch.testing.assert_close(logits[number], expected[place], rtol=1e-3, atol=1e-3)
+            seen = block_causal_logits(student, so_far, len(prompt), 4)
+            expected = seen[len(prompt) + pos - shift]
+            torch.testing.assert_close(logits[number], expected, rtol=1e-3, atol=1e-3)
             before = torch.cat([prompt, answer[:pos]])
-            if full:
-                target = teacher(input_ids=before[None]).logits[0, -1]
-            else:
-                with student.disable_adapter():
-                    target = student(input_ids=before[None]).logits[0, -1]
+            with train_opdlm.frozen(student, teacher) as autoregressive:
+                target = autoregressive(input_ids=before[None]).logits[0, -1]
             torch.testing.assert_close(targets[number], target, rtol=1e-3, atol=1e-3)
-            p, q = target.log_softmax(0), expected[place].log_softmax(0)
-            row_loss.append(kl_div(q, p, reduction="sum", log_target=True))
+            p, q = target.log_softmax(0), expected.log_softmax(0)
+            row_kl.append(kl_div(q, p, reduction="sum", log_target=True))
+            row_nll.append(cross_entropy(expected, answer[pos]))
             number += 1
-        total += sum(row_loss) / len(row_loss)
+        kl_total += sum(row_kl) / len(row_kl)
+        nll_total += sum(row_nll) / len(row_nll)
     assert number == len(logits)
-    torch.testing.assert_close(loss, total / 4, rtol=1e-3, atol=1e-4)
+    loss = train_opdlm.distillation_loss(args, student, teacher, *batch)
+    torch.testing.assert_close(loss, kl_total / 4, rtol=1e-3, atol=1e-4)
+    loss = train_opdlm.cross_entropy_loss(args, student, teacher, *batch)
+    torch.testing.assert_close(loss, nll_total / 4, rtol=1e-3, atol=1e-4)
 
 
-def test_the_teacher_is_frozen_and_the_student_learns(opdlm, model):
-    student = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+def test_the_teacher_is_the_model_without_its_adapter(model):
+    ids = torch.arange(1, 9)[None]
+    expected = model(input_ids=ids).logits
+    student = adapted(model)
+    with train_opdlm.frozen(student, None) as teacher:
+        assert torch.equal(teacher(input_ids=ids).logits, expected)
+    assert not torch.equal(student(input_ids=ids).logits, expected)
+    other = small_qwen(1)
+    with train_opdlm.frozen(student, other) as teacher:
+        assert teacher is other
+
+
+def test_the_teacher_is_frozen_and_the_student_learns(args, model):
+    student = adapted(model, init_lora_weights=True)
     answers = answers_of(3, 4, 8)
     loss_mask = torch.ones_like(answers, dtype=torch.bool)
-    noisy_ids = torch.full_like(answers, MASK)
-    before = opdlm.teacher_logits(student, None, PROMPTS, answers, loss_mask)
+    noisy_ids = torch.full_like(answers, AR_MASK)
+    batch = PROMPTS, answers, noisy_ids, loss_mask
+    before = train_opdlm.teacher_logits(student, None, PROMPTS, answers, loss_mask)
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     found = []
     for _ in range(30):
-        loss = opdlm.distillation_loss(student, None, PROMPTS, answers, noisy_ids, loss_mask)
+        loss = train_opdlm.distillation_loss(args, student, None, *batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         found.append(loss.item())
     assert found[-1] < 0.8 * found[0]
-    after = opdlm.teacher_logits(student, None, PROMPTS, answers, loss_mask)
+    after = train_opdlm.teacher_logits(student, None, PROMPTS, answers, loss_mask)
     assert torch.equal(before, after)
 
 
-def test_nothing_in_the_loss_at_all(opdlm, model):
+@pytest.mark.parametrize("loss_of", [train_opdlm.distillation_loss, train_opdlm.cross_entropy_loss])
+def test_nothing_in_the_loss_at_all(args, model, loss_of):
     """Zero, and still part of the graph: a rank with such a micro-batch takes part in the step."""
     answers = answers_of(4, 4, 8)
     nothing = torch.zeros_like(answers, dtype=torch.bool)
-    loss = opdlm.distillation_loss(model, model, PROMPTS, answers, answers, nothing)
+    loss = loss_of(args, model, model, PROMPTS, answers, answers, nothing)
     loss.backward()
     assert loss.item() == 0
 
 
-# --------------------------------------------------------------------------------------- the KL
-
-
-@pytest.mark.parametrize("top_k", [None, 1, 5, V])
-def test_kl_is_that_of_its_definition(opdlm, top_k):
-    opdlm.TOP_K = top_k
+@pytest.mark.parametrize("top_k", [None, 1, 5, AR_VOCABULARY])
+def test_kl_is_that_of_its_definition(args, top_k):
+    args.TOP_K = top_k
     torch.manual_seed(5)
-    teacher, student = 3 * torch.randn(2, 6, V)
-    for one, p_logits, q_logits in zip(
-        opdlm.kl_divergence(teacher, student), teacher, student, strict=True
-    ):
+    teacher, student = 3 * torch.randn(2, 6, AR_VOCABULARY)
+    kl = train_opdlm.kl_divergence(args, teacher, student)
+    for one, p_logits, q_logits in zip(kl, teacher, student, strict=True):
         p, q = p_logits.softmax(0).tolist(), q_logits.softmax(0).tolist()
-        kept = sorted(range(V), key=lambda i: -p[i])[: top_k or V]
+        kept = sorted(range(AR_VOCABULARY), key=lambda i: -p[i])[: top_k or AR_VOCABULARY]
         mass = sum(p[i] for i in kept)
         expected = sum(p[i] / mass * np.log(p[i] / mass / q[i]) for i in kept)
         assert one.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    opdlm.TOP_K = None
-    assert opdlm.kl_divergence(teacher, teacher).abs().max() < 1e-5
+    args.TOP_K = None
+    assert train_opdlm.kl_divergence(args, teacher, teacher).abs().max() < 1e-5
 
 
-# --------------------------------------------------------------------------------------- rollouts
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_of_a_batch_is_the_mean_of_its_rows(args, model, loss):
+    """Whatever the lengths of prompts and answers; LOSS says which loss it is."""
+    args.LOSS = loss
+    run = run_of(adapted(model))
+    answers = {}
+    for draw, length in zip(DRAWS["id"], (8, 3, 12), strict=True):
+        columns = 4 * -(-length // 4)
+        ids = answers_of(int(draw), 1, columns)[0]
+        steps = torch.randint(4, (columns,))
+        answers[draw] = train_opdlm.Answer(ids, steps, length, torch.rand(columns // 4))
+
+    def loss_of(draws):
+        return train_opdlm.micro_batch_loss(args, run, None, answers, draws)
+
+    alone = torch.stack([loss_of(DRAWS[n : n + 1]) for n in range(3)])
+    torch.testing.assert_close(loss_of(DRAWS), alone.mean())
+    assert (alone > 0).all()
+    args.LOSS = next(other for other in LOSSES if other != loss)
+    assert (loss_of(DRAWS) - alone.mean()).abs() > 1e-3
 
 
-def plain_rollout(opdlm, model, prompt, noise):
+# ------- rollouts
+def plain_rollout(args, model, prompt, noise):
     """One answer in plain loops, without a cache; (tokens, steps) of whole blocks."""
     size, length = noise.shape
     answer, steps = [], []
     for start in range(0, length, size):
-        block, when = [MASK] * size, [0] * size
+        block, when = [AR_MASK] * size, [0] * size
         for number in range(size):
-            if MASK not in block:
+            if AR_MASK not in block:
                 break
             ids = torch.cat([prompt, torch.tensor(answer + block)])
             logits = block_causal_logits(model, ids, len(prompt), size).double()
             found = {}
             for i in range(size):
-                if block[i] == MASK:
-                    row = logits[len(prompt) + start + i - opdlm.LOGIT_SHIFT]
-                    row[MASK] = -torch.inf
-                    if opdlm.TEMPERATURE == 0:
+                if block[i] == AR_MASK:
+                    row = logits[len(prompt) + start + i - args.LOGIT_SHIFT]
+                    row[AR_MASK] = -torch.inf
+                    if args.TEMPERATURE == 0:
                         p = row.softmax(0)
                         token = int(p.argmax())
                     else:
-                        p = (row / opdlm.TEMPERATURE).softmax(0)
+                        p = (row / args.TEMPERATURE).softmax(0)
                         u = noise[number, start + i].item() * p.sum().item()
-                        token = next(v for v in range(V) if p[: v + 1].sum() > u)
+                        token = next(v for v in range(AR_VOCABULARY) if p[: v + 1].sum() > u)
                     found[i] = (p[token].item(), token)
             surest = max(found, key=lambda i: found[i][0])
             for i, (confidence, token) in found.items():
-                if confidence > opdlm.THRESHOLD or i == surest:
+                if confidence > args.THRESHOLD or i == surest:
                     block[i], when[i] = token, number
         answer += block
         steps += when
-        if EOS in block:
+        if AR_EOS in block:
             break
     return answer, steps
 
@@ -238,199 +267,262 @@ def plain_rollout(opdlm, model, prompt, noise):
     ("temperature", "threshold", "shift"),
     [(0, 0.5, False), (1.0, 0.3, False), (0.7, 0.5, True), (1.0, 1.0, True), (0, 0.0, False)],
 )
-def test_rollouts_with_a_cache_are_those_without(opdlm, model, temperature, threshold, shift):
-    opdlm.TEMPERATURE, opdlm.THRESHOLD, opdlm.LOGIT_SHIFT = temperature, threshold, shift
-    noise, _ = opdlm.draw_noise(range(4), 16)
-    answers, steps = opdlm.roll_out(model, PROMPTS, noise, EOS)
+def test_rollouts_with_a_cache_are_those_without(args, model, temperature, threshold, shift):
+    args.TEMPERATURE, args.THRESHOLD, args.LOGIT_SHIFT = temperature, threshold, shift
+    noise, _ = train_opdlm.draw_noise(args, draws_of(range(4)), 16)
+    answers, steps = block_causal.roll_out(args, model, PROMPTS, noise, AR_EOS)
     lengths = set()
     for row, prompt in enumerate(PROMPTS):
-        tokens, when = plain_rollout(opdlm, model, prompt, noise[row])
+        tokens, when = plain_rollout(args, model, prompt, noise[row])
         lengths.add(len(tokens))
         assert answers[row, : len(tokens)].tolist() == tokens
         assert steps[row, : len(when)].tolist() == when
-    assert answers.shape[1] == max(lengths) and MASK not in answers
+    assert answers.shape[1] == max(lengths) and AR_MASK not in answers
     if threshold == 1.0:
         assert all(sorted(block) == [0, 1, 2, 3] for block in steps.view(-1, 4).tolist())
     if threshold == 0.0:
         assert not steps.any()
 
 
-def test_sampling_is_from_the_distribution(opdlm):
+def test_sampling_is_from_the_distribution(args):
     """40,000 draws over a grid of noise: each share within 1e-3 of the probability."""
     torch.manual_seed(6)
-    opdlm.TEMPERATURE = 0.7
-    logits = torch.randn(1, 1, V)
+    args.TEMPERATURE = 0.7
+    logits = torch.randn(1, 1, AR_VOCABULARY)
     expected = logits[0, 0].clone()
-    expected[MASK] = -torch.inf
+    expected[AR_MASK] = -torch.inf
     expected = (expected / 0.7).softmax(0)
     noise = (torch.arange(40_000) + 0.5)[None] / 40_000
-    tokens, confidence = opdlm.sample(logits.expand(1, 40_000, V).clone(), noise)
-    shares = torch.bincount(tokens[0], minlength=V) / 40_000
-    assert (shares - expected).abs().max() < 1e-3 and shares[MASK] == 0
+    repeated = logits.expand(1, 40_000, AR_VOCABULARY).clone()
+    tokens, confidence = block_causal.sample(args, repeated, noise)
+    shares = torch.bincount(tokens[0], minlength=AR_VOCABULARY) / 40_000
+    assert (shares - expected).abs().max() < 1e-3 and shares[AR_MASK] == 0
     torch.testing.assert_close(confidence[0], expected[tokens[0]])
 
 
-def test_rollouts_grow_in_whole_blocks(opdlm):
-    opdlm.FIRST_GEN_LENGTH, opdlm.GEN_LENGTH, opdlm.CURRICULUM = 10, 101, 10
-    assert [opdlm.rollout_length(n) for n in (0, 5, 10, 99)] == [12, 56, 104, 104]
-    opdlm.FIRST_GEN_LENGTH, opdlm.GEN_LENGTH = 100, 64
-    assert [opdlm.rollout_length(n) for n in (0, 5, 10)] == [64, 64, 64]
+def test_rollouts_grow_in_whole_blocks(args):
+    args.FIRST_GEN_LENGTH, args.GEN_LENGTH, args.CURRICULUM = 10, 101, 10
+    assert [train_opdlm.rollout_length(args, n) for n in (0, 5, 10, 99)] == [12, 56, 104, 104]
+    args.FIRST_GEN_LENGTH, args.GEN_LENGTH = 100, 64
+    assert [train_opdlm.rollout_length(args, n) for n in (0, 5, 10)] == [64, 64, 64]
 
 
-def test_noise_is_a_function_of_seed_and_draw(opdlm):
-    tokens, blocks = opdlm.draw_noise([7, 3], 8)
-    others = opdlm.draw_noise([3], 8)
+def test_noise_is_a_function_of_seed_and_draw(args):
+    tokens, blocks = train_opdlm.draw_noise(args, draws_of([7, 3]), 8)
+    others = train_opdlm.draw_noise(args, draws_of([3], samples=9), 8)
     assert tokens.shape == (2, 4, 8) and blocks.shape == (2, 2)
     assert torch.equal(tokens[1:], others[0]) and torch.equal(blocks[1:], others[1])
-    opdlm.SEED += 1
-    assert not torch.equal(opdlm.draw_noise([3], 8)[0], others[0])
+    args.SEED += 1
+    assert not torch.equal(train_opdlm.draw_noise(args, draws_of([3]), 8)[0], others[0])
+
+
+# the place of the end-of-turn token in an answer of 12; None: it has none
+ENDS = [*range(12), None]
+
+
+def cut_answers(args):
+    """Answers with an end at each of ENDS, {id: Answer}."""
+    answers = {}
+    steps = torch.arange(4).repeat(3)
+    noise = torch.tensor([0.25, 0.5, 0.75])
+    for n, end in enumerate(ENDS):
+        ids = torch.ones(12, dtype=torch.long)
+        if end is not None:
+            ids[end:] = AR_EOS
+        answers[n] = train_opdlm.cut(args, ids, steps, noise, AR_EOS)
+    return answers
 
 
 @pytest.mark.parametrize("train_end", [False, True])
-def test_answers_are_kept_up_to_their_end(opdlm, model, monkeypatch, tmp_path, train_end):
+def test_answers_are_kept_up_to_their_end(args, train_end):
     """Whole blocks up to the end-of-turn token's; it is in the loss if TRAIN_END says so."""
-    opdlm.TRAIN_END, opdlm.FIRST_GEN_LENGTH, opdlm.GEN_LENGTH = train_end, 12, 12
-    ends = [*range(12), None]  # the place of the end-of-turn token
+    args.TRAIN_END = train_end
+    for end, answer in zip(ENDS, cut_answers(args).values(), strict=True):
+        assert answer.answer_len == (12 if end is None else end + train_end)
+        blocks = 3 if end is None else end // 4 + 1
+        assert answer.ids.tolist().count(AR_EOS) == (0 if end is None else 4 * blocks - end)
+        assert answer.steps.tolist() == [0, 1, 2, 3] * blocks
+        assert answer.noise.tolist() == [0.25, 0.5, 0.75][:blocks]
 
-    def roll_out(model, prompts, noise, eos_id):
-        answers = torch.ones(len(ends), 12, dtype=torch.long)
-        for row, end in zip(answers, ends, strict=True):
-            row[12 if end is None else end :] = eos_id
-        return answers, torch.arange(4).repeat(len(ends), 3)
 
-    monkeypatch.setattr(opdlm, "roll_out", roll_out)
-    monkeypatch.setattr(opdlm.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(opdlm.dist, "all_reduce", lambda sums: None)
-    examples = [(2, torch.arange(5))]
-    numbers = np.arange(len(ends))
-    draws = np.zeros((len(ends), 2), dtype=int)
-    answers = opdlm.decode_answers(model, EOS, examples, draws, numbers, 0)
-    for end, (answer, steps, answer_len, noise) in zip(ends, answers.values(), strict=True):
-        assert answer_len == (12 if end is None else end + train_end)
-        assert (
-            len(answer)
-            == len(steps)
-            == 4 * len(noise)
-            == (12 if end is None else 4 * (end // 4) + 4)
-        )
-    path = tmp_path / "rollouts.csv"
+@pytest.mark.parametrize("train_end", [False, True])
+def test_rollouts_are_logged_once_each(args, one_rank, tmp_path, train_end):
+    args.TRAIN_END = train_end
+    run = run_of(None)
+    run.engine, run.logs = SimpleNamespace(device="cpu"), tmp_path
     for rollout in (0, 1, 1):  # the last one again, after a kill
-        opdlm.log_rollout(path, rollout, answers, EOS, "cpu")
-    lines = path.read_text().splitlines()
+        train_opdlm.log_rollout(args, run, rollout, cut_answers(args))
+    lines = (tmp_path / "rollouts.csv").read_text().splitlines()
     tokens = sum(range(12)) + 12 + 12 * train_end
     assert lines[0] == "rollout,answers,tokens,tokens_per_step,ended"
     assert lines[1:] == [f"{number},13,{tokens},1.000,{12 / 13:.3f}" for number in (0, 1)]
 
 
-# ----------------------------------------------------------------------------------------- states
+def test_answers_do_not_depend_on_what_is_decoded_with_them(args, model, one_rank):
+    args.FIRST_GEN_LENGTH = args.GEN_LENGTH = 16
+    run = run_of(model.train())
+    together = train_opdlm.decode_answers(args, run, None, DRAWS, 0)
+    assert model.training and list(together) == [0, 1, 2]
+    args.ROLLOUT_BSIZE = 1
+    alone = train_opdlm.decode_answers(args, run, None, DRAWS[::-1], 0)
+    for draw in DRAWS["id"]:
+        for ours, theirs in zip(together[draw], alone[draw], strict=True):
+            assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
+    noise, block_noise = train_opdlm.draw_noise(args, DRAWS, 16)
+    prompts = train_opdlm.prompts_of(EXAMPLES, DRAWS)
+    assert [len(prompt) for prompt in prompts] == [4, 3, 2]
+    ids, steps = block_causal.roll_out(args, model.eval(), prompts, noise, AR_EOS)
+    expected = train_opdlm.cut(args, ids[0], steps[0], block_noise[0], AR_EOS)
+    assert torch.equal(expected.ids, together[0].ids)
+    assert torch.equal(expected.steps, together[0].steps)
 
 
-def test_states_are_those_that_the_rollout_met(opdlm, model, monkeypatch):
+# ------- states
+def test_states_are_those_that_the_rollout_met(args, model):
     """Every block of x_t is a canvas of this block that the model was shown, and all are met."""
-    shown = {}  # (row, block): canvases
-    forward = opdlm.logits_at
-
-    def note(model, row, column, **inputs):
-        ids = inputs["input_ids"]
-        if MASK in ids:
-            past = inputs["past_key_values"].get_seq_length() - longest
-            for number, canvas in enumerate(ids.tolist()):
-                shown.setdefault((number, past // 4), set()).add(tuple(canvas))
-        return forward(model, row, column, **inputs)
-
     longest = max(len(prompt) for prompt in PROMPTS)
-    monkeypatch.setattr(opdlm, "logits_at", note)
-    noise, _ = opdlm.draw_noise(range(4), 12)
-    answers, steps = opdlm.roll_out(model, PROMPTS, noise, EOS)
+    shown = {}  # (row, block): canvases
+
+    def note(_, positional, inputs):
+        ids = inputs["input_ids"]
+        if AR_MASK in ids:
+            past = inputs["past_key_values"].get_seq_length() - longest
+            for row, canvas in enumerate(ids.tolist()):
+                shown.setdefault((row, past // 4), set()).add(tuple(canvas))
+
+    noise, _ = train_opdlm.draw_noise(args, draws_of(range(4)), 12)
+    with model.register_forward_pre_hook(note, with_kwargs=True):
+        answers, steps = block_causal.roll_out(args, model, PROMPTS, noise, AR_EOS)
     blocks = answers.shape[1] // 4
     met = set()
     for share in np.linspace(0, 0.999, 25):
         choice = torch.full((4, blocks), share)
         whole = torch.full((4, 1), answers.shape[1])
-        noisy_ids, loss_mask = opdlm.corrupt(answers, steps, whole, choice)
-        assert torch.equal(loss_mask, noisy_ids == MASK)
+        noisy_ids, loss_mask = train_opdlm.corrupt(args, answers, steps, whole, choice)
+        assert torch.equal(loss_mask, noisy_ids == AR_MASK)
         assert torch.equal(noisy_ids[~loss_mask], answers[~loss_mask])
         for row, block in itertools.product(range(4), range(blocks)):
             canvas = tuple(noisy_ids[row, 4 * block : 4 * block + 4].tolist())
-            assert MASK in canvas
+            assert AR_MASK in canvas
             met.add((row, block, canvas))
     # a row whose block is full is shown on while others are decoded: those have no mask
-    everything = {(*key, c) for key, canvases in shown.items() for c in canvases if MASK in c}
+    everything = set()
+    for key, canvases in shown.items():
+        everything |= {(*key, canvas) for canvas in canvases if AR_MASK in canvas}
     assert met == everything and len(met) > 4 * blocks
 
 
-def test_what_follows_the_end_is_not_in_the_loss(opdlm):
+def test_what_follows_the_end_is_not_in_the_loss(args):
     answers = torch.arange(16).view(2, 8)
     steps = torch.zeros_like(answers)
-    _, loss_mask = opdlm.corrupt(answers, steps, torch.tensor([[3], [0]]), torch.rand(2, 2))
+    length = torch.tensor([[3], [0]])
+    _, loss_mask = train_opdlm.corrupt(args, answers, steps, length, torch.rand(2, 2))
     assert loss_mask.tolist() == [[True] * 3 + [False] * 5, [False] * 8]
 
 
-# --------------------------------------------------------------------------------------- whole runs
+# ------- the controls: ANSWERS, STATES
+@pytest.fixture
+def control(one_rank):
+    """Constants with random states, for `model`."""
+    sizes = {"BLOCK_SIZE": 8, "FIRST_GEN_LENGTH": 16, "GEN_LENGTH": 16, "ROLLOUT_BSIZE": 2}
+    return constants(train_opdlm, MASK_ID=AR_MASK, STATES="random", TRAIN_END=True, **sizes)
 
 
+def test_the_answers_of_the_data(control, model):
+    control.ANSWERS = "data"
+    answers = train_opdlm.decode_answers(control, run_of(model), None, DRAWS, 0)
+    lengths = {0: 16, 1: 6, 2: 3}  # cut at 16, up to and with the end
+    for draw, answer in zip(DRAWS, answers.values(), strict=True):
+        prompt_len, ids = EXAMPLES[draw["sample"]]
+        assert answer.answer_len == lengths[draw["id"]]
+        expected = ids[prompt_len : prompt_len + answer.answer_len]
+        assert torch.equal(answer.ids[: answer.answer_len], expected)
+        assert len(answer.ids) == len(answer.steps) == control.BLOCK_SIZE * len(answer.noise)
+
+
+def test_answers_of_the_data_that_are_cut_by_max_len_are_refused(control, model):
+    control.ANSWERS, control.GEN_LENGTH, control.FIRST_GEN_LENGTH = "data", 24, 24
+    with pytest.raises(SystemExit, match="has answers without an end; raise MAX_LEN"):
+        train_opdlm.decode_answers(control, run_of(model), None, DRAWS, 0)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_answers_that_the_teacher_samples(control, model, full):
+    """Token by token, each row alone, without a cache."""
+    control.ANSWERS = "teacher"
+    student = small_qwen(1) if full else adapted(small_qwen())
+    run, teacher = run_of(student), model if full else None
+    answers = train_opdlm.decode_answers(control, run, teacher, DRAWS, 0)
+    noise, _ = train_opdlm.draw_noise(control, DRAWS, 16)
+    for n, answer in enumerate(answers.values()):
+        prompt_len, ids = EXAMPLES[DRAWS["sample"][n]]
+        so_far = ids[:prompt_len]
+        for place in range(answer.answer_len):
+            logits = model(input_ids=so_far[None]).logits[:, -1:]
+            token_noise = noise[n, 0, None, place : place + 1]
+            token, _ = block_causal.sample(control, logits.float(), token_noise)
+            assert answer.ids[place] == token
+            so_far = torch.cat([so_far, token[0]])
+        assert answer.answer_len == 16 or answer.ids[answer.answer_len - 1] == AR_EOS
+
+
+def test_random_states_are_random_masks(control):
+    """Of 600 blocks of 8: 1 to 8 masks equally often, and each position in 4.5 of 8 blocks.
+
+    6 standard deviations.
+    """
+    rows = 300
+    draws = draws_of(range(rows))
+    steps = train_opdlm.random_steps(control, draws, 16)
+    _, noise = train_opdlm.draw_noise(control, draws, 16)
+    ids = torch.ones(rows, 16, dtype=torch.long)
+    _, masked = train_opdlm.corrupt(control, ids, steps, torch.full((rows, 1), 16), noise)
+    blocks = masked.view(-1, 8)
+    counts = torch.bincount(blocks.sum(1), minlength=9)[1:] / len(blocks)
+    assert (counts - 1 / 8).abs().max() < 6 * (1 / 8 * 7 / 8 / len(blocks)) ** 0.5
+    rates = blocks.float().mean(0)
+    assert (rates - 4.5 / 8).abs().max() < 6 * (0.25 / len(blocks)) ** 0.5
+    one = train_opdlm.random_steps(control, draws[7:8], 8)  # a shorter answer is a part of it
+    assert torch.equal(one[0], steps[7, :8])
+
+
+def test_random_states_are_those_of_the_same_answers(control, model):
+    """STATES changes the steps alone."""
+    run = run_of(model)
+    random = train_opdlm.decode_answers(control, run, None, DRAWS, 0)
+    control.STATES = "decoded"
+    decoded = train_opdlm.decode_answers(control, run, None, DRAWS, 0)
+    steps = train_opdlm.random_steps(control, DRAWS, 16)
+    for draw in DRAWS["id"]:
+        assert torch.equal(random[draw].ids, decoded[draw].ids)
+        assert random[draw].answer_len == decoded[draw].answer_len
+        assert torch.equal(random[draw].steps, steps[draw, : len(random[draw].steps)])
+
+
+# ------- whole runs
 @pytest.fixture(scope="module")
 def ar_folder(tmp_path_factory):
-    """A small autoregressive model with random weights, the toy's tokenizer, and prompts."""
-    folder = tmp_path_factory.mktemp("ar")
-    chains.build(folder, wide=False, base=None, train_rows=60, test_rows=6)
-    tokenizer = chains.build_tokenizer(False)
-    config = Qwen3Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **SHAPE)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "ar")
-    tokenizer.save_pretrained(folder / "ar")
-    words = "--model ar --dataset data/train.jsonl --output train.pt --filter_type"
-    run_pt(*words.split(), "", cwd=folder)
-    return folder
+    return build_ar_toy(tmp_path_factory.mktemp("ar"))
 
 
 SCRIPT = SUITE / "experiments" / "train_opdlm.py"
 IN_FLOAT32 = {"ONEDNN_MAX_CPU_ISA": "AVX2"}  # where rounding hardly ever changes a token
 
 
-def constants_of(folder, **changes):
-    tokenizer = chains.build_tokenizer(False)
-    constants = {
-        "MODEL_NAME": folder / "ar",
-        "DATA_PT": folder / "train.pt",
-        "MASK_ID": tokenizer.convert_tokens_to_ids("<|mdm_mask|>"),
-        "GEN_LENGTH": 16,
-        "FIRST_GEN_LENGTH": 8,
-        "CURRICULUM": 2,
-        "THRESHOLD": 0.5,
-        "UPDATES_PER_ROLLOUT": 3,
-        "TOTAL_TRAIN_STEPS": 12,
-        "LORA_RANK": 4,
-        "LR": 1e-2,
-    }
-    return flags(**(constants | changes))
+def flags_of(folder, **changes):
+    """The flags of a short run."""
+    model = {"MODEL_NAME": folder / "model", "DATA_PT": folder / "train.pt", "LORA_RANK": 4}
+    return flags(**model | OF_AR_TOY | {"TOTAL_TRAIN_STEPS": 12, "LR": 1e-2} | changes)
 
 
-def kill_after_a_state(command, folder, logs):
-    """Start a run and kill all its processes when it has saved a state."""
-    with open(folder / "printed", "w") as printed:
-        run = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=user_environment(**IN_FLOAT32),
-            stdout=printed,
-            stderr=printed,
-            start_new_session=True,
-        )
-    deadline = time.time() + 200
-    while not (folder / logs / "state" / "latest.json").exists():
-        assert time.time() < deadline and run.poll() is None, (folder / "printed").read_text()
-        time.sleep(0.01)
-    kill(run, "in a step", random.Random(0))
-
-
+@pytest.mark.slow
 def test_two_ranks_killed_and_resumed_are_one_rank(ar_folder, tmp_path, monkeypatch):
     """The same answers and, but for rounding, the same losses; the checkpoint can be evaluated."""
-    one = constants_of(ar_folder, MICRO_BSIZE=4, CKPT_DIR="one", SAVE_EVERY=6)
+    one = flags_of(ar_folder, MICRO_BSIZE=4, CKPT_DIR="one", SAVE_EVERY=6)
     status, printed = launch([sys.executable, SCRIPT, *one], tmp_path, **IN_FLOAT32)
     assert status == 0, printed
-    two = [*launcher(2), SCRIPT, *constants_of(ar_folder, MICRO_BSIZE=2, CKPT_DIR="two")]
-    kill_after_a_state(two, tmp_path, "two_logs")
+    two = [*launcher(2), SCRIPT, *flags_of(ar_folder, MICRO_BSIZE=2, CKPT_DIR="two")]
+    kill_after_a_state(two, tmp_path, "two_logs", **IN_FLOAT32)
     status, printed = launch(two, tmp_path, **IN_FLOAT32)
     assert status == 0 and "resumes after step" in printed, printed
     ours, theirs = losses(tmp_path / "one_logs"), losses(tmp_path / "two_logs")
@@ -445,54 +537,39 @@ def test_two_ranks_killed_and_resumed_are_one_rank(ar_folder, tmp_path, monkeypa
     paths = {"model": "one_step0012", "dataset": ar_folder / "data" / "test.jsonl", "output": "ev"}
     decoding = {"gen_length": 16, "block_length": 4, "steps": 16, "limit": 3, "batch_size": 3}
     monkeypatch.chdir(tmp_path)
-    evaluate.main(flags(**paths, **decoding))
+    evaluate.main(evaluate.parse_args(flags(**paths, **decoding)))
     assert json.loads(Path("ev/summary.json").read_text())["count"] == 3
 
 
+@pytest.mark.slow
 def test_all_weights_are_trained(ar_folder, tmp_path):
     """With the other switches too; every weight of the checkpoint has moved."""
-    constants = constants_of(
-        ar_folder,
-        MICRO_BSIZE=2,
-        GRAD_ACC=2,
-        FULL_FT=True,
-        LOGIT_SHIFT=True,
-        TOP_K=8,
-        ACTIVATION_CHECKPOINTING=True,
-        TOTAL_TRAIN_STEPS=4,
-        LR=0.1,
-        CKPT_DIR="full",
-    )
-    status, printed = launch([sys.executable, SCRIPT, *constants], tmp_path)
+    switches = {"FULL_FT": True, "LOGIT_SHIFT": True, "ACTIVATION_CHECKPOINTING": True, "TOP_K": 8}
+    sizes = {"MICRO_BSIZE": 2, "GRAD_ACC": 2, "TOTAL_TRAIN_STEPS": 4, "LR": 0.1}
+    command = [sys.executable, SCRIPT, *flags_of(ar_folder, **switches, **sizes, CKPT_DIR="full")]
+    status, printed = launch(command, tmp_path)
     assert status == 0, printed
-    base = load_file(ar_folder / "ar" / "model.safetensors")
+    base = load_file(ar_folder / "model" / "model.safetensors")
     tuned = load_file(tmp_path / "full_step0004" / "model.safetensors")
     assert set(base) == set(tuned)
-    assert all(not torch.equal(base[name].bfloat16(), tuned[name]) for name in base)
+    assert all(not torch.equal(base[name], tuned[name]) for name in base)
 
 
-def test_decode_decodes_as_the_rollouts_do(opdlm, model):
+@pytest.mark.parametrize("shift", [False, True])
+def test_decode_decodes_as_the_rollouts_do(args, model, shift):
     """At temperature 0, with the threshold, up to the end of the answer."""
-    opdlm.TEMPERATURE, opdlm.THRESHOLD = 0, 0.3
-    model.get_input_embeddings().weight.data[MASK] = 0  # so that decode.py never predicts [MASK]
-    for shift in (False, True):
-        opdlm.LOGIT_SHIFT = shift
-        model.config.update({"block_causal": 4, "logit_shift": shift})
-        noise, _ = opdlm.draw_noise(range(4), 16)
-        ours, _ = opdlm.roll_out(model, PROMPTS, noise, EOS)
-        answers = decode.decode(
-            model,
-            [prompt.tolist() for prompt in PROMPTS],
-            gen_length=16,
-            block_length=4,
-            threshold=0.3,
-            mask_id=MASK,
-            eos_id=EOS,
-            eot_id=EOS,
-        )
-        for one, other in zip(ours.tolist(), answers.tolist(), strict=True):
-            end = 4 * (one.index(EOS) // 4 + 1) if EOS in one else len(one)
-            assert one[:end] == other[:end]
+    args.TEMPERATURE, args.THRESHOLD, args.LOGIT_SHIFT = 0, 0.3, shift
+    model.get_input_embeddings().weight.data[AR_MASK] = 0  # so that [MASK] is never predicted
+    model.config.update({"block_causal": 4, "logit_shift": shift})
+    noise, _ = train_opdlm.draw_noise(args, draws_of(range(4)), 16)
+    ours, _ = block_causal.roll_out(args, model, PROMPTS, noise, AR_EOS)
+    prompts = [prompt.tolist() for prompt in PROMPTS]
+    options = {"gen_length": 16, "block_length": 4, "threshold": 0.3}
+    ids = {"mask_id": AR_MASK, "eos_id": AR_EOS, "eot_id": AR_EOS}
+    answers = decode.decode(model, prompts, **options, **ids)
+    for one, other in zip(ours.tolist(), answers.tolist(), strict=True):
+        end = 4 * (one.index(AR_EOS) // 4 + 1) if AR_EOS in one else len(one)
+        assert one[:end] == other[:end]
 
 
 @pytest.mark.parametrize(
@@ -505,17 +582,31 @@ def test_decode_decodes_as_the_rollouts_do(opdlm, model):
         ({"BLOCK_SIZE": 0}, "BLOCK_SIZE = 0"),
         ({"THRESHOLD": 1.5}, "THRESHOLD = 1.5"),
         ({"MODEL_NAME": "/no/such/model"}, "cannot be loaded"),
+        ({"MASK_PADDING": True}, "--MASK_PADDING: no constant"),
+        ({"LOSS": "mse"}, "LOSS = 'mse': must be kl or cross-entropy"),
+        ({"STATES": "all"}, "STATES = 'all': must be decoded or random"),
+        ({"ANSWERS": "mine", "STATES": "random"}, "'mine': must be student or teacher or data"),
+        ({"ANSWERS": "data"}, "ANSWERS = 'data': the student did not decode them; set STATES"),
     ],
 )
-def test_mistakes(opdlm, ar_folder, changes, message):
-    words = constants_of(ar_folder, **({"MICRO_BSIZE": 2} | changes))
-    problems = opdlm.read_overrides(words) + opdlm.check_constants()
-    problems = problems or opdlm.preflight(1)
+def test_mistakes(ar_folder, changes, message):
+    words = flags_of(ar_folder, **{"MICRO_BSIZE": 2} | changes)
+    try:
+        module = train_opdlm
+        args = module.parse_args(words, module.__doc__, module.CONSTANTS, module.LIMITS)
+        problems = train_fullseq.preflight(args, module.METHOD, 1)
+    except SystemExit as refused:
+        problems = refused.code.splitlines()
     assert len(problems) == 1 and message in problems[0], problems
 
 
+def test_a_tokenizer_without_an_end(args, model):
+    problems = train_opdlm.check_model(args, model, SimpleNamespace(eos_token_id=None))
+    assert any("its tokenizer has no end-of-turn token" in problem for problem in problems)
+
+
 def test_another_block_length_is_a_warning(capsys):
-    config = Qwen3Config(**SHAPE)
+    config = Qwen3Config(**AR_SHAPE)
     decode.check_block_length("m", config, 32)  # a model that attends to all
     config.block_causal = 4
     decode.check_block_length("m", config, 4)

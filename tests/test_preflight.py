@@ -10,9 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SUITE, TRAINERS, flags, launch, launcher
+import train_lift
+import train_opdlm
+from helpers import SUITE, TRAINERS, constants, flags, launch, launcher
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_blockwise
+import train_fullseq
 
 GOOD = {"prompt_len": 3, "full_ids": torch.arange(10, 30)}
 
@@ -59,40 +65,44 @@ FILES = {
 }
 
 
+def problems_of(trainer, args, world_size=1):
+    return trainer.preflight(args, trainer.METHOD, world_size)
+
+
+# ------- data
 @pytest.mark.parametrize("case", FILES)
-def test_data_files(trainer, case, tmp_path):
+def test_data_files(trainer, args, case, tmp_path):
     content, named = FILES[case]
-    trainer.DATA_PT = str(tmp_path / "rows.pt")
-    torch.save(content, trainer.DATA_PT)
-    problems = trainer.preflight(1)
+    args.DATA_PT = str(tmp_path / "rows.pt")
+    torch.save(content, args.DATA_PT)
+    problems = problems_of(trainer, args)
     assert any(named in problem for problem in problems)
-    assert all(
-        trainer.DATA_PT in problem and "\n" not in problem and len(problem) < 400
-        for problem in problems
-    )
+    for problem in problems:
+        assert args.DATA_PT in problem and "\n" not in problem and len(problem) < 400
 
 
-def test_damaged_missing_and_dangerous_files(trainer, tmp_path, capsys):
-    whole = Path(trainer.DATA_PT).read_bytes()
+def test_damaged_missing_and_dangerous_files(trainer, args, tmp_path, capsys):
+    whole = Path(args.DATA_PT).read_bytes()
     contents = {
         "truncated.pt": whole[: len(whole) // 2],
         "text.pt": b"rows",
         "empty.pt": b"",
         "missing.pt": None,
+        "code.pt": pickle.dumps([Code()]),
     }
-    contents["code.pt"] = pickle.dumps([Code()])
     for name, content in contents.items():
-        trainer.DATA_PT = str(tmp_path / name)
+        args.DATA_PT = str(tmp_path / name)
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        (problem,) = trainer.preflight(1)
+        (problem,) = problems_of(trainer, args)
         assert name in problem and "pt.py" in problem and "\n" not in problem
     torch.save([Code()], tmp_path / "code.pt")
-    assert len(trainer.preflight(1)) == 1
+    assert len(problems_of(trainer, args)) == 1
     assert "code has run" not in capsys.readouterr().out
 
 
-CONSTANTS = [
+# ------- constants and flags
+OUT_OF_RANGE = [
     ("MASK_PROB_EPS", 1.5),
     ("MASK_PROB_EPS", -0.1),
     ("LR", float("nan")),
@@ -117,276 +127,242 @@ CONSTANTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("method", "name", "value"),
-    [
-        (method, name, value)
-        for method in TRAINERS
-        for name, value in CONSTANTS
-        if name in TRAINERS[method].CONSTANTS
-    ],
-)
-def test_constants_out_of_range(request, method, name, value):
-    trainer = request.getfixturevalue(method)
-    setattr(trainer, name, value)
-    (problem,) = trainer.check_constants()
+CASES = []
+for module in TRAINERS.values():
+    CASES += [(module, *case) for case in OUT_OF_RANGE if case[0] in module.CONSTANTS]
+
+
+@pytest.mark.parametrize(("module", "name", "value"), CASES)
+def test_constants_out_of_range(module, name, value):
+    """Whoever edits a constant and whoever gives a flag see the same message."""
+    args = constants(module, **{name: value})
+    (problem,) = module.check_constants(args, module.LIMITS)
     assert name in problem and repr(value) in problem and "must be" in problem
+    with pytest.raises(SystemExit) as ended:
+        module.parse_args(constants=module.CONSTANTS | {name: value}, argv=[])
+    assert ended.value.code == problem
 
 
 def test_limits_are_spelled_out(trainer):
-    trainer.TOTAL_TRAIN_STEPS, trainer.MAX_LEN, trainer.DATA_PT = 0, 0, ""
-    assert trainer.check_constants() == [
+    with pytest.raises(SystemExit) as ended:
+        trainer.parse_args(argv=flags(TOTAL_TRAIN_STEPS=0, MAX_LEN=0, DATA_PT=""))
+    assert ended.value.code.splitlines() == [
         "DATA_PT = '': must be str, not empty",
         "MAX_LEN = 0: must be int, 1 to 1000000",
         "TOTAL_TRAIN_STEPS = 0: must be int or None, 1 to 1000000",
     ]
 
 
-def test_wildcards_in_ckpt_dir_are_refused(trainer):
+@pytest.mark.parametrize("name", ["runs/*", "what?", "[1]"])
+def test_wildcards_in_ckpt_dir_are_refused(trainer, name):
     """DeepSpeed looks for a saved state with glob, which would not find a folder named [1]."""
-    for name in ("runs/*", "what?", "[1]"):
-        trainer.CKPT_DIR = name
-        (problem,) = trainer.check_constants()
-        assert repr(name) in problem and "must not contain" in problem
+    with pytest.raises(SystemExit) as ended:
+        trainer.parse_args(argv=["--CKPT_DIR", name])
+    assert repr(name) in ended.value.code and "must not contain" in ended.value.code
 
 
-def test_every_constant_is_checked(trainer):
-    checked = [name for names, *_ in trainer.LIMITS for name in names.split()]
-    assert sorted(checked) == sorted(trainer.CONSTANTS)
+@pytest.mark.parametrize("module", [train_blockwise, train_fullseq, train_lift, train_opdlm])
+def test_every_constant_is_checked_and_explained(module):
+    checked = {name for names, *_ in module.LIMITS for name in names.split()}
+    assert set(module.CONSTANTS) <= checked
+    comments = train_fullseq.read_comments(train_fullseq.__file__)
+    comments |= train_fullseq.read_comments(module.__file__)
+    assert set(module.CONSTANTS) <= set(comments)
 
 
-def test_good_constants_pass(trainer):
-    assert not trainer.check_constants() and trainer.preflight(1) == []
-    trainer.TOTAL_TRAIN_STEPS = trainer.SAVE_EVERY = trainer.LORA_ALPHA = None
-    trainer.MAX_SAMPLES, trainer.LR, trainer.TARGET_MODS = 16, 1, ["q_proj", "missing"]
-    assert not trainer.check_constants() and trainer.preflight(2) == []
-
-
-def test_model_folder_missing(trainer, tmp_path):
-    for name in (str(tmp_path / "no"), "a/b"):
-        trainer.MODEL_NAME = name
-        (problem,) = trainer.preflight(1)
-        assert "cannot be loaded" in problem and repr(name) in problem and "\n" not in problem
-
-
-def test_no_bf16(trainer, monkeypatch):
-    monkeypatch.setattr(trainer.deepspeed.get_accelerator(), "is_bf16_supported", lambda: False)
-    (problem,) = trainer.preflight(1)
-    assert "bf16" in problem
-
-
-def test_incomplete_weights(trainer, tmp_path):
-    """Never a new random layer in the place of a missing one."""
-    folder = tmp_path / "model"
-    shutil.copytree(trainer.MODEL_NAME, folder)
-    weights = load_file(folder / "model.safetensors")
-    weights.pop("model.transformer.blocks.1.up_proj.weight")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    trainer.MODEL_NAME = str(folder)
-    with pytest.raises(
-        SystemExit, match=r"1 weights are missing, such as model.transformer.blocks.1.up_proj"
-    ):
-        trainer.build_model("cpu")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"no file named .*model\.safetensors"):
-        trainer.build_model("cpu")
-
-
-def test_the_weights_are_not_loaded(trainer, monkeypatch):
-    monkeypatch.setattr(
-        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded the weights")
-    )
-    assert trainer.preflight(1) == []
-
-
-def test_mask_id(trainer):
-    for value in (126335, 10**6):
-        trainer.MASK_ID = value
-        assert any(
-            f"MASK_ID = {value}" in problem and "126336" in problem
-            for problem in trainer.preflight(1)
-        )
-
-
-def test_targets(trainer, capsys):
-    """Fails on the published behaviour (T12): targets that do not exist were ignored in silence."""
-    trainer.TARGET_MODS = ["q_proj", "gate_proj"]
-    assert trainer.preflight(1) == []
+@pytest.mark.parametrize("module", [train_blockwise, train_fullseq, train_lift, train_opdlm])
+def test_help_has_every_constant_with_its_comment_and_value(module, capsys):
+    own = [module.__doc__, module.CONSTANTS, module.LIMITS, [module.__file__]]
+    with pytest.raises(SystemExit) as ended:
+        module.parse_args(["--help"], *own)
+    assert ended.value.code == 0
     printed = capsys.readouterr().out
-    assert "LoRA on 3 layers q_proj\nLoRA on 0 layers gate_proj\n" in printed
-    trainer.TARGET_MODS = ["gate_proj", "proj"]
-    (problem,) = trainer.preflight(1)
-    assert "TARGET_MODS" in problem and "gate_proj" in problem
+    assert module.__doc__.strip() in printed
+    words = "".join(printed.split())
+    comments = train_fullseq.read_comments(train_fullseq.__file__)
+    comments |= train_fullseq.read_comments(module.__file__)
+    for name, value in module.CONSTANTS.items():
+        value = ",".join(value) if isinstance(value, list) else value
+        explained = f"--{name}[VALUE]{comments[name]}(now{value})"
+        assert "".join(explained.split()) in words
 
 
-def test_a_bug_in_a_check_is_not_blamed_on_the_model(trainer, monkeypatch):
-    def broken(*_):
-        raise ZeroDivisionError("a bug")
-
-    for check in ("check_model", "check_examples"):
-        with monkeypatch.context() as patch:
-            patch.setattr(trainer, check, broken)
-            with pytest.raises(ZeroDivisionError):
-                trainer.preflight(1)
+def test_help_survives_a_percent_sign(trainer, capsys):
+    """argparse expands % in help texts."""
+    with pytest.raises(SystemExit) as ended:
+        trainer.parse_args(constants={"CKPT_DIR": "ckpts_50%_%(x)s"}, argv=["--help"])
+    assert ended.value.code == 0 and "ckpts_50%_%(x)s" in capsys.readouterr().out
 
 
-def test_less_than_a_global_batch(blockwise):
-    blockwise.BLOCK_SIZE, blockwise.MICRO_BSIZE, blockwise.GRAD_ACC = 256, 30, 2
-    assert blockwise.preflight(1) == []
-    (problem,) = blockwise.preflight(2)
-    assert "GRAD_ACC = 2" in problem and "2 ranks" in problem
-
-
-def test_less_than_a_step(trainer):
-    trainer.MICRO_BSIZE, trainer.GRAD_ACC = 30, 2
-    trainer.TOTAL_TRAIN_STEPS, trainer.MAX_SAMPLES = None, 59
-    (problem,) = trainer.preflight(1)
-    assert "MAX_SAMPLES = 59" in problem and "use more rows, or lower these" in problem
-
-
-def test_problems_are_reported_together(trainer, tmp_path):
-    trainer.DATA_PT, trainer.MODEL_NAME = str(tmp_path / "no.pt"), str(tmp_path / "no")
-    assert len(trainer.preflight(1)) == 2
-    assert len(overridden(trainer, "--LR", "7", "--SEED", "-1", "--NO_SUCH", "1")[0]) == 3
-
-
-def overridden(trainer, *argv):
-    problems = trainer.read_overrides(argv) + trainer.check_constants()
-    return problems, {name: getattr(trainer, name) for name in trainer.CONSTANTS}
-
-
-def test_overrides(trainer):
-    before = {name: getattr(trainer, name) for name in trainer.CONSTANTS}
+def test_flags(trainer):
     given = "--local_rank=0 --LR 2e-4 --SEED=7 --SEED=8 --TARGET_MODS q_proj,ff_out "
     given += "--MASK_PADDING True --TOTAL_TRAIN_STEPS None --LORA_ALPHA 3 --DATA_PT 1"
-    problems, after = overridden(trainer, *given.split())
-    assert problems == []
+    before = dict(trainer.CONSTANTS)
+    args = trainer.parse_args(argv=given.split())
     changed = {"LR": 2e-4, "SEED": 8, "TARGET_MODS": ["q_proj", "ff_out"], "MASK_PADDING": True}
     changed |= {"TOTAL_TRAIN_STEPS": None, "LORA_ALPHA": 3, "DATA_PT": "1"}
-    assert after == {**before, **changed}
+    assert vars(args) == {**before, **changed}
+    assert trainer.CONSTANTS == before
+
+
+def refusal(trainer, *argv):
+    """The lines with which parse_args ends the process."""
+    with pytest.raises(SystemExit) as ended:
+        trainer.parse_args(argv=argv)
+    return ended.value.code.splitlines()
 
 
 @pytest.mark.parametrize(
     "words", ["--NO_SUCH", "--lr", "--MAX_SAMPLE", "stray", "--BLOCKSIZE 3", "--PT_FILE a.pt"]
 )
-def test_unknown_overrides(trainer, words):
+def test_unknown_flags(trainer, words):
     """One message for each, and none for its value."""
-    problems, _ = overridden(trainer, *words.split())
-    assert problems == [f"{words.split()[0]}: no constant of this script; see --help"]
+    word = words.split()[0]
+    assert refusal(trainer, *words.split()) == [f"{word}: no constant of this script; see --help"]
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [("SEED", "x"), ("SEED", "1.5"), ("SEED", "True"), ("LR", "fast"), ("MASK_PADDING", "1")],
 )
-def test_overrides_of_the_wrong_type(trainer, name, text):
-    (problem,), _ = overridden(trainer, f"--{name}", text)
+def test_flags_of_the_wrong_type(trainer, name, text):
+    (problem,) = refusal(trainer, f"--{name}", text)
     assert name in problem and text in problem
 
 
 @pytest.mark.parametrize("name", ["SEED", "LR", "DATA_PT", "SAVE_EVERY"])
-def test_overrides_without_a_value(trainer, name):
-    (problem,), _ = overridden(trainer, "--EPOCHS", "1", f"--{name}")
+def test_flags_without_a_value(trainer, name):
+    (problem,) = refusal(trainer, "--EPOCHS", "1", f"--{name}")
     assert name in problem
 
 
-HEAVY = """import runpy, sys
-sys.modules.update(dict.fromkeys(("torch", "deepspeed", "transformers", "numpy")))
-sys.argv = {argv!r}
-runpy.run_path({script!r}, run_name="__main__")"""
+def test_problems_are_reported_together_and_by_one_rank(trainer, args, tmp_path, monkeypatch):
+    args.DATA_PT, args.MODEL_NAME = str(tmp_path / "no.pt"), str(tmp_path / "no")
+    assert len(problems_of(trainer, args)) == 2
+    wrong = ["--LR", "7", "--SEED", "-1", "--NO_SUCH", "1"]
+    assert len(refusal(trainer, *wrong)) == 3
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert trainer.parse_args(argv=wrong).LR == 7  # rank 0 ends, and the launcher this one
 
 
-def without_libraries(name, *argv):
-    """Run a trainer where its slow imports fail, so that what works was done before them."""
-    script = str(SUITE / f"train_{name}.py")
-    code = HEAVY.format(argv=[script, *argv], script=script)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def test_good_constants_pass(trainer, args):
+    assert problems_of(trainer, args) == []
+    assert not trainer.check_constants(args, trainer.LIMITS)
+    args.TOTAL_TRAIN_STEPS = args.SAVE_EVERY = args.LORA_ALPHA = None
+    args.MAX_SAMPLES, args.LR, args.TARGET_MODS = 16, 1, ["q_proj", "missing"]
+    assert not trainer.check_constants(args, trainer.LIMITS)
+    assert problems_of(trainer, args, 2) == []
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_help_and_wrong_flags_come_before_the_slow_imports(name):
-    done = without_libraries(name, "--help")
-    assert done.returncode == 0
-    assert all(f"--{constant} " in done.stdout for constant in TRAINERS[name].CONSTANTS)
-    done = without_libraries(name, "--BLOCKSIZE", "3", "--LR", "7")
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 2
-    assert "--BLOCKSIZE: no constant" in done.stderr and "LR = 7: must be" in done.stderr
-    assert "ModuleNotFoundError" in without_libraries(name, "--LR", "1e-4").stderr
+# ------- the model
+def test_model_folder_missing(trainer, args, tmp_path):
+    for name in (str(tmp_path / "no"), "a/b"):
+        args.MODEL_NAME = name
+        (problem,) = problems_of(trainer, args)
+        assert "cannot be loaded" in problem and repr(name) in problem and "\n" not in problem
 
 
-def test_help_survives_a_percent_sign(trainer, capsys):
-    """argparse expands % in help texts."""
-    trainer.CKPT_DIR = "ckpts_50%_%(x)s"
-    with pytest.raises(SystemExit) as ended:
-        trainer.read_overrides(["--help"])
-    assert ended.value.code == 0 and "ckpts_50%_%(x)s" in capsys.readouterr().out
+def test_no_bf16(trainer, args, monkeypatch):
+    monkeypatch.setattr(trainer.deepspeed.get_accelerator(), "is_bf16_supported", lambda: False)
+    (problem,) = problems_of(trainer, args)
+    assert "bf16" in problem
 
 
-def test_importing_does_nothing(tmp_path):
-    """Fails on the published behaviour (T15): importing wrote ds_zero2.json, on every rank."""
-    code = "import train_blockwise, train_fullseq, torch.distributed as dist; "
-    code += "assert not dist.is_initialized()"
-    subprocess.run(
-        [sys.executable, "-c", code, "--nonsense"],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(SUITE)},
-        check=True,
-    )
-    assert not list(tmp_path.iterdir())
+def test_incomplete_weights(trainer, args, tmp_path):
+    """Never a new random layer in the place of a missing one."""
+    folder = tmp_path / "model"
+    shutil.copytree(args.MODEL_NAME, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.transformer.blocks.1.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    args.MODEL_NAME = str(folder)
+    missing = "1 weights are missing, such as model.transformer.blocks.1.up_proj"
+    with pytest.raises(SystemExit, match=missing):
+        trainer.build_model(args, "cpu")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"no file named .*model\.safetensors"):
+        trainer.build_model(args, "cpu")
 
 
-def test_a_wrong_run_on_two_ranks(tmp_path, toy_folder):
-    """Ends by itself, non-zero, with one message and no traceback, and leaves nothing."""
-    command = [*launcher(2), SUITE / "train_blockwise.py"]
-    wrong = flags(
-        BLOCK_SIZE=0,
-        MASK_PROB_EPS=1.5,
-        MODEL_NAME=toy_folder / "model",
-        DATA_PT=toy_folder / "train.pt",
-    )
-    status, printed = launch([*command, *wrong, "--NO_SUCH", "1"], tmp_path)
-    assert status != 0
-    for named in ("BLOCK_SIZE = 0", "MASK_PROB_EPS = 1.5", "--NO_SUCH"):
-        assert printed.count(named) == 1
-    assert "Traceback" not in printed
-    assert not list(tmp_path.iterdir())
+def test_the_weights_are_not_loaded(trainer, args, monkeypatch):
+    def load(*_, **__):
+        pytest.fail("loaded the weights")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    assert problems_of(trainer, args) == []
 
 
-def test_a_wrong_run_of_one_process(tmp_path, toy_folder):
-    command = [sys.executable, SUITE / "train_fullseq.py"]
-    status, printed = launch(
-        [*command, *flags(MODEL_NAME="no/model", DATA_PT=toy_folder / "train.pt")], tmp_path
-    )
-    assert status != 0 and len(printed.splitlines()) == 1
-    assert "MODEL_NAME = 'no/model'" in printed
+@pytest.mark.parametrize("mask_id", [126335, 10**6])
+def test_mask_id(trainer, args, mask_id):
+    args.MASK_ID = mask_id
+    problems = problems_of(trainer, args)
+    assert any(f"MASK_ID = {mask_id}" in text and "126336" in text for text in problems)
 
 
-def test_a_full_disk_is_seen_before_training(trainer, monkeypatch, tmp_path):
-    trainer.CKPT_DIR = str(tmp_path / "new" / "run")
+def test_targets(trainer, args, capsys):
+    """The published script ignores targets that do not exist, in silence."""
+    args.TARGET_MODS = ["q_proj", "gate_proj"]
+    assert problems_of(trainer, args) == []
+    printed = capsys.readouterr().out
+    assert "LoRA on 3 layers q_proj\nLoRA on 0 layers gate_proj\n" in printed
+    args.TARGET_MODS = ["gate_proj", "proj"]
+    (problem,) = problems_of(trainer, args)
+    assert "TARGET_MODS" in problem and "gate_proj" in problem
+
+
+def test_a_bug_in_a_check_is_not_blamed_on_the_model(trainer, args, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError):
+        trainer.preflight(args, trainer.METHOD._replace(check_model=broken), 1)
+    monkeypatch.setattr(trainer, "check_examples", broken)
+    with pytest.raises(ZeroDivisionError):
+        trainer.preflight(args, trainer.METHOD, 1)
+
+
+def test_less_than_a_global_batch(toy_folder):
+    args = constants(train_blockwise, toy_folder, BLOCK_SIZE=256, MICRO_BSIZE=30, GRAD_ACC=2)
+    assert problems_of(train_blockwise, args) == []
+    (problem,) = problems_of(train_blockwise, args, 2)
+    assert "GRAD_ACC = 2" in problem and "2 ranks" in problem
+
+
+def test_less_than_a_step(trainer, args):
+    args.MICRO_BSIZE, args.GRAD_ACC = 30, 2
+    args.TOTAL_TRAIN_STEPS, args.MAX_SAMPLES = None, 59
+    (problem,) = problems_of(trainer, args)
+    assert "MAX_SAMPLES = 59" in problem and "use more rows, or lower these" in problem
+
+
+def test_a_full_disk_is_seen_before_training(trainer, args, monkeypatch, tmp_path):
+    args.CKPT_DIR = str(tmp_path / "new" / "run")
     free = shutil._ntuple_diskusage(10**9, 0, 10**6)
     monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: free)
-    (problem,) = trainer.preflight(1)
+    (problem,) = problems_of(trainer, args)
     assert "CKPT_DIR" in problem and "a checkpoint takes 0.0 GB" in problem
     assert not list(tmp_path.iterdir())  # a refused run leaves nothing
 
 
-@pytest.mark.parametrize(
-    ("error", "named"),
-    [
-        ("torch.OutOfMemoryError('CUDA out of memory')", "MICRO_BSIZE = 2"),
-        ("KeyboardInterrupt()", "KeyboardInterrupt"),
-        ("OSError(28, 'No space left on device')", "No space left"),
-    ],
-)
-def test_faults_while_running_are_one_line(tmp_path, toy_folder, error, named):
-    code = f"""import runpy, sys, torch, transformers
-def fail(*_, **__): raise {error}
-transformers.AutoModelForCausalLM.from_pretrained = fail
-runpy.run_path({str(SUITE / "train_blockwise.py")!r}, run_name="__main__")"""
-    data = flags(MODEL_NAME=toy_folder / "model", DATA_PT=toy_folder / "train.pt", MICRO_BSIZE=2)
-    status, printed = launch([sys.executable, "-c", code, *data], tmp_path)
-    assert status == 1 and "Traceback" not in printed
-    assert named in printed.splitlines()[-1]
+def test_a_pinned_revision(trainer, args, toy_folder):
+    """MODEL_REVISION pins weights and code alike, and the commit that was used is recorded."""
+    hub = Path(os.environ["HF_HOME"], "hub", "models--some--toy")
+    for commit, code in (("1" * 40, ""), ("2" * 40, "raise RuntimeError('main has run')\n")):
+        shutil.copytree(toy_folder / "model", hub / "snapshots" / commit, dirs_exist_ok=True)
+        modeling = hub / "snapshots" / commit / "modeling_llada.py"
+        modeling.write_text(code + (toy_folder / "model" / "modeling_llada.py").read_text())
+    (hub / "refs").mkdir(exist_ok=True)
+    (hub / "refs" / "main").write_text("2" * 40)
+    args.MODEL_NAME = "some/toy"
+    (problem,) = problems_of(trainer, args)
+    assert "main has run" in problem
+    args.MODEL_REVISION = "1" * 40
+    assert problems_of(trainer, args) == []
+    examples = trainer.load_examples(args)
+    planned = trainer.plan(args, trainer.METHOD, examples, 1)
+    run = trainer.describe_run(args, trainer.METHOD, examples, *planned)
+    assert (run["MODEL_REVISION"], run["model_commit"]) == ("1" * 40, "1" * 40)
+    assert "some" in trainer.build_model(args, "cpu").get_base_model().config._name_or_path
 
 
 def test_the_toys_own_checks(toy_folder):
@@ -410,21 +386,78 @@ def test_the_toys_own_checks(toy_folder):
         assert len(row["full_ids"]) <= 112 and len(row["full_ids"]) - row["prompt_len"] >= 40
 
 
-def test_a_pinned_revision(trainer, toy_folder):
-    """MODEL_REVISION pins weights and code alike, and the commit that was used is recorded."""
-    hub = Path(os.environ["HF_HOME"], "hub", "models--some--toy")
-    for commit, code in (("1" * 40, ""), ("2" * 40, "raise RuntimeError('main has run')\n")):
-        shutil.copytree(toy_folder / "model", hub / "snapshots" / commit, dirs_exist_ok=True)
-        modeling = hub / "snapshots" / commit / "modeling_llada.py"
-        modeling.write_text(code + (toy_folder / "model" / "modeling_llada.py").read_text())
-    (hub / "refs").mkdir(exist_ok=True)
-    (hub / "refs" / "main").write_text("2" * 40)
-    trainer.MODEL_NAME = "some/toy"
-    (problem,) = trainer.preflight(1)
-    assert "main has run" in problem
-    trainer.MODEL_REVISION = "1" * 40
-    assert trainer.preflight(1) == []
-    examples = trainer.load_examples()
-    run = trainer.describe_run(examples, *trainer.plan(examples, 1))
-    assert (run["MODEL_REVISION"], run["model_commit"]) == ("1" * 40, "1" * 40)
-    assert "some" in trainer.build_model("cpu").get_base_model().config._name_or_path
+# ------- as a command
+@pytest.mark.slow
+def test_importing_does_nothing(tmp_path):
+    """Importing the published script writes ds_zero2.json, on every rank."""
+    code = "import train_blockwise, train_fullseq, torch.distributed as dist; "
+    code += "assert not dist.is_initialized()"
+    subprocess.run(
+        [sys.executable, "-c", code, "--nonsense"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(SUITE)},
+        check=True,
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_wrong_run_on_two_ranks(tmp_path, toy_folder):
+    """Ends by itself, non-zero, with one message and no traceback, and leaves nothing."""
+    command = [*launcher(2), SUITE / "train_blockwise.py"]
+    wrong = flags(
+        BLOCK_SIZE=0,
+        MASK_PROB_EPS=1.5,
+        MODEL_NAME=toy_folder / "model",
+        DATA_PT=toy_folder / "train.pt",
+    )
+    status, printed = launch([*command, *wrong, "--NO_SUCH", "1"], tmp_path)
+    assert status != 0
+    for named in ("BLOCK_SIZE = 0", "MASK_PROB_EPS = 1.5", "--NO_SUCH"):
+        assert printed.count(named) == 1
+    assert "Traceback" not in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_wrong_run_of_one_process(tmp_path, toy_folder):
+    wrong = flags(MODEL_NAME="no/model", DATA_PT=toy_folder / "train.pt")
+    status, printed = launch([sys.executable, SUITE / "train_fullseq.py", *wrong], tmp_path)
+    assert status != 0 and len(printed.splitlines()) == 1
+    assert "MODEL_NAME = 'no/model'" in printed
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory; .*halve MICRO_BSIZE"),
+        (KeyboardInterrupt(), "stopped: KeyboardInterrupt ; repeat the command to resume"),
+        (OSError(28, "No space left on device"), "stopped: OSError .*No space left on device"),
+        (SafetensorError("I/O error"), "stopped: SafetensorError I/O error"),
+    ],
+)
+def test_faults_while_running_are_one_line(trainer, error, line):
+    with pytest.raises(SystemExit, match=line) as ended, trainer.faults_in_one_line():
+        raise error
+    assert "\n" not in ended.value.code
+
+
+def test_bugs_are_not_made_one_line(trainer):
+    with pytest.raises(ZeroDivisionError), trainer.faults_in_one_line():
+        raise ZeroDivisionError
+
+
+def test_a_constant_without_limits_has_the_type_of_its_default(trainer):
+    """Such as one that a user has just added: a typo is no value."""
+    own = trainer.CONSTANTS | {"EVERY_SECOND": False, "RATE": 0.5}
+    args = trainer.parse_args(["--EVERY_SECOND", "True", "--RATE", "0.25"], constants=own)
+    assert args.EVERY_SECOND is True and args.RATE == 0.25
+    with pytest.raises(SystemExit, match="EVERY_SECOND = 'ture': must be bool, as False"):
+        trainer.parse_args(["--EVERY_SECOND", "ture"], constants=own)
+
+
+def test_lists_are_given_with_commas(trainer):
+    args = trainer.parse_args(["--TARGET_MODS", "q_proj, v_proj"])
+    assert args.TARGET_MODS == ["q_proj", "v_proj"]
+    with pytest.raises(SystemExit, match=r"TARGET_MODS = \[\]: must be list, not empty"):
+        trainer.parse_args(["--TARGET_MODS"])

@@ -13,15 +13,25 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import chains
+import helpers
 import plot
 import pytest
 import study
 import suite
-from conftest import user_environment
+import train_control
+import train_opdlm
+from helpers import user_environment
+from studies import arms as planning
+from studies import results, runs
+from studies.arms import Arm, Run, Task, Way
+from toy_task import chains
+
+import train_blockwise
+import train_fullseq
 
 SMALL = {
     "seeds": 1,
@@ -32,6 +42,7 @@ SMALL = {
     "jobs": 2,
 }
 CONSTANTS = ["MICRO_BSIZE=2", "LORA_RANK=2", "MAX_LEN=112"]
+WAY = Way(8, False, 4)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +65,7 @@ def words(base, output, *studies):
     return [*studies, *suite.flags(places | SMALL), *sizes]
 
 
-# ------------------------------------------------------------------------------------ whole studies
+# ------- whole studies
 
 
 def start(base, output):
@@ -74,14 +85,12 @@ def read_results(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_is_resumed(base, tmp_path):
     """Killed, but not its trainers, after one of them has begun, and started again."""
     output = tmp_path / "study"
     killed = start(base, output)
-    deadline = time.time() + 200
-    while not list(output.glob("*/ckpt_logs/train_loss.csv")):
-        assert killed.poll() is None and time.time() < deadline
-        time.sleep(0.05)
+    helpers.wait_until(lambda: list(output.glob("*/ckpt_logs/train_loss.csv")), killed)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
 
@@ -98,38 +107,38 @@ def test_a_study_that_is_killed_is_resumed(base, tmp_path):
     for run in output.glob("*-seed1-*"):
         names = sorted(path.name for path in run.iterdir() if path.name.startswith("ckpt"))
         assert names[0] == "ckpt_logs" and len(names) == 2  # each was trained once
-        losses = read_results(run / "ckpt_logs" / "train_loss.csv")
-        assert [int(row["step"]) for row in losses] == list(range(1, 1 + len(losses)))
+        assert helpers.losses(run / "ckpt_logs")  # of each step once
     assert (output / "equal-tokens.png").read_bytes()[1:4] == b"PNG"
 
 
-# ----------------------------------------------------------------------------------------- planning
+# ------- planning
 
 LENGTHS = [48] * 8000
-TASK = {
-    "constants": {"MODEL_NAME": "m", "DATA_PT": "p", **study.TOY_CONSTANTS},
-    "identity": "identity",
-    "lengths": LENGTHS,
-}
 
 
-def arms_of(*argv, **task):
+def arms_of(*argv, **changes):
+    """The flags of a study, and its arms on a task with these changes."""
     args = study.parse_args([*argv])
-    if args.studies == ["opdlm"]:
-        task = {"constants": {"MODEL_NAME": "m", "DATA_PT": "p", **study.OPDLM_CONSTANTS}} | task
-    return args, study.make_arms(args, TASK | task)
+    constants = {"MODEL_NAME": "m", "DATA_PT": "p"} | args.constants
+    task = Task("model", "test", "m-0123", constants, LENGTHS, "identity", "gen64-0123")
+    return args, planning.make_arms(args, replace(task, **changes))
 
 
 def constants_of(arms, study_name, method):
     """The constants of the runs with seed 1 in one study and method."""
-    own = [arm for arm in arms if (arm["study"], arm["method"]) == (study_name, method)]
-    return [arm["runs"][0]["constants"] for arm in own]
+    own = [arm for arm in arms if (arm.study, arm.method) == (study_name, method)]
+    return [arm.runs[0].constants for arm in own]
+
+
+def ways_of(block_lengths, tokens_per_step):
+    """Ways of decoding without end tokens last."""
+    return [Way(block, False, tokens) for block, tokens in product(block_lengths, tokens_per_step)]
 
 
 def test_each_study_changes_what_it_says():
     _, arms = arms_of()
-    names = [arm["study"] for arm in arms if arm["method"] == "base"]
-    assert [*names, "opdlm"] == list(study.STUDIES)
+    names = [arm.study for arm in arms if arm.method == "base"]
+    assert names == list(study.STUDIES) and "opdlm" not in names
     for study_name, constant, values in (
         ("block-size", "BLOCK_SIZE", [8, 16, 32]),
         ("prefix", "PREFIX_MASK_RATE", [0.0, 0.1, 0.2, 0.5]),
@@ -138,7 +147,7 @@ def test_each_study_changes_what_it_says():
     ):
         constants = constants_of(arms, study_name, "blockwise")
         assert [given[constant] for given in constants] == values
-        names = [arm["setting"] for arm in arms if arm["study"] == study_name]
+        names = [arm.setting for arm in arms if arm.study == study_name]
         assert all(f"{constant}={value}" in names for value in values)
         for given in constants:  # and nothing else
             others = {k: v for k, v in given.items() if k != constant}
@@ -149,17 +158,18 @@ def test_each_study_changes_what_it_says():
 def test_every_training_block_is_decoded_with_every_block():
     args, arms = arms_of("block-size")
     assert len(arms) == 5
-    every = list(product(args.block_sizes, [False], args.tokens_per_step))
-    assert all(arm["ways"] == every for arm in arms)
-    default = list(product([args.block_size], [False], args.tokens_per_step))
-    assert all(arm["ways"] == default for arm in arms_of("prefix")[1])
+    every = ways_of(args.block_sizes, args.tokens_per_step)
+    assert all(arm.ways == every for arm in arms)
+    default = ways_of([args.block_size], args.tokens_per_step)
+    assert all(arm.ways == default for arm in arms_of("prefix")[1])
 
 
 def test_controls_are_also_decoded_without_blocks():
     """With one block of 64 tokens, and with the end tokens last in it."""
     _, arms = arms_of("controls", "--tokens_per_step", "4")
-    assert all(arm["ways"] == [(16, False, 4), (64, False, 4), (64, True, 4)] for arm in arms)
-    assert [arm["method"] for arm in arms[1:5]] == ["blockwise", "fullseq", "rest", "span"]
+    ways = [Way(16, False, 4), Way(64, False, 4), Way(64, True, 4)]
+    assert all(arm.ways == ways for arm in arms)
+    assert [arm.method for arm in arms[1:5]] == ["blockwise", "fullseq", "rest", "span"]
     sizes = [given["BLOCK_SIZE"] for given in constants_of(arms, "controls", "blockwise")]
     assert sizes == [16, 1, 112]
 
@@ -169,10 +179,10 @@ def test_lift_takes_equal_steps_and_equal_compute():
     _, arms = arms_of("lift")
     steps = {}
     for arm in arms[1:]:
-        given = arm["runs"][0]["constants"]
-        steps[arm["method"], arm["setting"]] = given["TOTAL_TRAIN_STEPS"]
-        if arm["method"].startswith("lift"):
-            assert given["TARGET_MODS"] == ",".join(study.train_fullseq.TARGET_MODS)
+        given = arm.runs[0].constants
+        steps[arm.method, arm.setting] = given["TOTAL_TRAIN_STEPS"]
+        if arm.method.startswith("lift"):
+            assert given["TARGET_MODS"] == train_fullseq.TARGET_MODS
             assert (given["LR"], given["LORA_RANK"]) == (4e-3, 32)
     assert steps == {
         ("fullseq", ""): 200,
@@ -185,10 +195,11 @@ def test_lift_takes_equal_steps_and_equal_compute():
         ("lift-block", ""): 200,
         ("lift-block", "steps=150"): 150,
     }
-    args = study.parse_args("lift --model m --data d --test t".split())
-    task = TASK | {"constants": {"MASK_ID": 1}}
-    given = study.make_arms(args, task)[3]["runs"][0]["constants"]
+    _, arms = arms_of(*"lift --model m --data d --test t".split())
+    given = arms[3].runs[0].constants
     assert (given["LR"], given["LORA_RANK"]) == (1e-5, 256)  # those of train_fullseq.py
+    words = runs.training_flags(arms[3].runs[0])
+    assert words[words.index("--TARGET_MODS") + 1] == ",".join(train_fullseq.TARGET_MODS)
 
 
 def test_the_study_of_opdlm():
@@ -196,42 +207,57 @@ def test_the_study_of_opdlm():
     _, arms = arms_of("opdlm", "--steps", "80")
     assert len(arms) == 5 * 2 * 2
     for arm in arms:
-        given = arm["runs"][0]["constants"]
+        given = arm.runs[0].constants
         size = given["BLOCK_SIZE"]
-        assert arm["ways"] == [(size, False, 1), (size, False, 0)] and size in (4, 8)
+        assert arm.ways == ways_of([size], [1, 0]) and size in (4, 8)
         assert given["TOTAL_TRAIN_STEPS"] in (20, 80) and given["FULL_FT"]
-    assert {arm["method"] for arm in arms} == {
-        name for name, trainer in study.TRAINERS.items() if trainer is study.train_opdlm
+    of_opdlm = {
+        name for name, control in train_control.CONTROLS.items() if control.trainer is train_opdlm
     }
+    assert {arm.method for arm in arms} == {"opdlm"} | of_opdlm
 
 
 def test_shared_runs_are_trained_once():
     _, arms = arms_of("--seeds", "3")
-    runs = study.unique_runs(arms)
-    methods = [run["method"] for run in runs]
+    found = planning.ways_of_runs(arms)
+    methods = [run.method for run in found]
     # the default, 4 other block sizes, 3 prefixes, 2 suffixes, padding
     assert methods.count("blockwise") == 3 * 11
     # the default, equal tokens, padding
     assert methods.count("fullseq") == 3 * 3
     assert methods.count("base") == 1
-    assert len({run["folder"] for run in runs}) == len(runs)
-    ways = {run["method"]: run["ways"] for run in runs[::-1]}
+    assert len({run.folder for run in found}) == len(found)
+    (base,) = [run for run in found if run.method == "base"]
     blocks = [(8, False), (16, False), (32, False), (64, False), (64, True)]
-    assert ways["base"] == {(*block, tokens) for block in blocks for tokens in (2, 4, 8)}
+    assert found[base] == {Way(*block, tokens) for block in blocks for tokens in (2, 4, 8)}
 
 
 def test_a_folder_is_that_of_its_model_data_and_constants():
     def folders(*argv, **task):
-        return {run["folder"] for run in study.unique_runs(arms_of("prefix", *argv, **task)[1])}
+        return {run.folder for run in planning.ways_of_runs(arms_of("prefix", *argv, **task)[1])}
 
     assert folders() == folders()
     assert not folders() & folders(identity="another base")
     bases = {folder for folder in folders() if folder.name.startswith("base")}
     assert folders() & folders("--num_gpus", "2") == bases
-    changed = TASK["constants"] | {"LORA_DROPOUT": "0.5"}
-    assert folders() & folders(constants=changed) == bases
-    moved = TASK["constants"] | {"MODEL_NAME": "elsewhere/m", "DATA_PT": "elsewhere/p"}
-    assert folders() == folders(constants=moved)
+    assert folders() & folders("--constants", "LORA_DROPOUT=0.5") == bases
+    assert folders() == folders("--constants", "LR=0.004")  # the same as 4e-3, the default
+    moved = {"MODEL_NAME": "elsewhere/m", "DATA_PT": "elsewhere/p"}
+    args, _ = arms_of("prefix")
+    assert folders() == folders(constants=args.constants | moved)
+
+
+def test_a_folder_is_that_of_its_defaults(monkeypatch):
+    """A run with an edited constant of its trainer is another one, also that of a control."""
+
+    def folders():
+        return {arm.method: arm.runs[0].folder for arm in arms_of("controls", "lift")[1]}
+
+    before = folders()
+    monkeypatch.setitem(train_blockwise.CONSTANTS, "GRAD_CLIP", 0.5)
+    after = folders()
+    changed = {method for method in before if before[method] != after[method]}
+    assert changed == {"blockwise", "rest", "span"}
 
 
 def test_equal_tokens():
@@ -248,36 +274,41 @@ def test_equal_compute_ends_where_the_blocks_do():
     """8,000 answers of 48 tokens are 24,000 blocks of 16, and 16,000 of 32."""
     _, arms = arms_of("--steps", "50000", "--constants", "MICRO_BSIZE=16")
     for study_name, steps in (("equal-compute", 24000 // 16), ("block-size", 16000 // 16)):
-        for method in study.TRAINERS:
-            for given in constants_of(arms, study_name, method):
-                assert given["TOTAL_TRAIN_STEPS"] == steps
+        for method in ("blockwise", "fullseq"):
+            given = constants_of(arms, study_name, method)
+            assert given and all(one["TOTAL_TRAIN_STEPS"] == steps for one in given)
     (fullseq,) = constants_of(arms, "equal-tokens", "fullseq")
     assert fullseq["TOTAL_TRAIN_STEPS"] == 24000 // 16 // 3
 
 
-def test_the_trainers_take_the_steps_that_are_planned(monkeypatch):
+def test_the_trainers_take_the_steps_that_are_planned():
     """The blocks last for exactly as many steps as `common_steps` says."""
     lengths = [20, 33, 48, 5] * 3
     args = study.parse_args(["--steps", "1000", "--constants", "MICRO_BSIZE=4"])
     examples = [(2, [7] * (2 + length)) for length in lengths]
-    for name, value in {"MICRO_BSIZE": 4, "BLOCK_SIZE": 16, "TOTAL_TRAIN_STEPS": 1000}.items():
-        monkeypatch.setattr(study.train_blockwise, name, value)
-    _, numbers = study.train_blockwise.plan(examples, world_size=1)
-    assert study.common_steps(args, lengths, [16]) == len(numbers)
+    changes = {"MICRO_BSIZE": 4, "BLOCK_SIZE": 16, "TOTAL_TRAIN_STEPS": 1000}
+    given = helpers.constants(train_blockwise, **changes)
+    draws, _ = train_blockwise.plan(given, train_blockwise.METHOD, examples, world_size=1)
+    assert planning.common_steps(args, lengths, [16]) == len(draws)
 
 
+@pytest.mark.slow
 def test_what_decides_an_evaluation_is_in_its_name(base, tmp_path):
-    def name(*more):
+    run = Run(1, "blockwise", Path("run"), {})
+
+    def name(*more, way=WAY):
         args = study.parse_args([*words(base, tmp_path, "prefix"), *more])
-        return study.decoding_folder(args, study.prepare(args), Path("run"), (8, False, 4)).name
+        return planning.evaluation_folder(runs.prepare(args), run, way).name
 
     ways = [(), ("--limit", "3"), ("--batch_size", "7"), ("--gen_length", "32")]
-    assert len({name(*way) for way in ways}) == len(ways)
-    assert name() == name()
+    names = {name(*way) for way in ways}
+    names |= {name(way=way) for way in (Way(4, False, 4), Way(8, True, 4), Way(8, False, 0))}
+    assert len(names) == len(ways) + 3
+    assert name() in names
     assert len(list(tmp_path.glob("*.pt"))) == 1  # made once
 
 
-# ----------------------------------------------------------------------------------------- mistakes
+# ------- mistakes
 
 
 @pytest.mark.parametrize(
@@ -291,49 +322,33 @@ def test_what_decides_an_evaluation_is_in_its_name(base, tmp_path):
         ("--tokens_per_step -1", "--tokens_per_step -1"),
         ("--constants SEED=3", "the studies set SEED themselves"),
         ("opdlm prefix", "give it alone"),
+        ("opdlm --model m", "for another use train_opdlm.py, not --model"),
         ("--constants LR", "--constants LR: must be NAME=VALUE"),
+        ("--constants BLOCKSIZE=3", "BLOCKSIZE: no constant of train_blockwise.py"),
+        ("--constants PREFIX_MASK_RATE=0.5", "PREFIX_MASK_RATE: no constant of train_fullseq.py"),
+        ("opdlm --constants COMPILE=True", "COMPILE: no constant of train_opdlm.py"),
+        ("--constants LR=fast", "LR = 'fast': must be int or float"),
+        ("--constants MICRO_BSIZE=0", "MICRO_BSIZE = 0: must be int, 1 to"),
     ],
 )
 def test_mistakes(given, message, capsys):
+    """Each ends the study before it does anything."""
     with pytest.raises(SystemExit) as ended:
         study.parse_args(given.split())
     assert message in capsys.readouterr().err and ended.value.code == 2
 
 
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ("BLOCKSIZE=3", "BLOCKSIZE: no constant of train_blockwise.py"),
-        ("PREFIX_MASK_RATE=0.5", "PREFIX_MASK_RATE: no constant of train_fullseq.py"),
-        ("LR=fast", "LR = 'fast': must be int or float"),
-        ("MICRO_BSIZE=0", "MICRO_BSIZE = 0: must be int, 1 to"),
-    ],
-)
-def test_wrong_constants_end_a_study_before_it_does_anything(given, message, tmp_path):
-    args = study.parse_args(["--output", str(tmp_path / "study"), "--constants", given])
-    with pytest.raises(SystemExit, match=re.escape(message)):
-        study.main(args)
-    assert not list(tmp_path.iterdir())
+def test_constants_have_the_types_of_their_trainer():
+    words = "LR=1e-3 TARGET_MODS=q_proj,v_proj MASK_PADDING=True LORA_ALPHA=None".split()
+    before = dict(train_blockwise.CONSTANTS)
+    given = study.parse_args(["prefix", "--constants", *words]).constants
+    assert (given["LR"], given["TARGET_MODS"]) == (1e-3, ["q_proj", "v_proj"])
+    assert given["MASK_PADDING"] is True and given["LORA_ALPHA"] is None
+    assert given["LORA_RANK"] == study.TOY_CONSTANTS["LORA_RANK"]
+    assert before == train_blockwise.CONSTANTS  # which a check does not change
 
 
-def test_a_check_of_constants_changes_none():
-    before = dict(vars(study.train_blockwise))
-    study.check_constants({"LR": "0.5", "MICRO_BSIZE": "3"}, ["prefix"])
-    assert dict(vars(study.train_blockwise)) == before
-
-
-@pytest.mark.parametrize("script", ["study.py", "plot.py"])
-def test_help_and_wrong_flags_are_answered_before_the_slow_imports(script):
-    """By a Python without any library (-S)."""
-    path = suite.ROOT / "experiments" / script
-    for word, status, message in (("--help", 0, "usage:"), ("--stepz", 2, "error:")):
-        command = [sys.executable, "-S", path, word]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == status
-        assert message in done.stdout + done.stderr
-
-
-# --------------------------------------------------------------------------- runs, without trainers
+# ------- runs, without trainers
 
 
 @pytest.fixture
@@ -346,7 +361,6 @@ def args(tmp_path):
         batch_size=6,
         limit=None,
         remove_checkpoints=False,
-        studies=["prefix"],
         output=tmp_path,
     )
 
@@ -356,13 +370,7 @@ def run(tmp_path):
     """A training run that has not begun, in an empty folder."""
     folder = tmp_path / "blockwise-seed1-0123"
     folder.mkdir()
-    constants = {"LR": 1e-3, "SEED": 1}
-    return {
-        "folder": folder,
-        "method": "blockwise",
-        "constants": constants,
-        "ways": {(8, False, 4)},
-    }
+    return Run(1, "blockwise", folder, {"LR": 1e-3, "SEED": 1})
 
 
 def end_training(folder):
@@ -393,43 +401,57 @@ def fake_trainer(monkeypatch, status, end=None):
 
 def test_a_run_is_trained_to_its_end_once(args, run, monkeypatch):
     commands = fake_trainer(monkeypatch, 0, end_training)
-    checkpoint = study.train(run, args, log=None)
-    assert checkpoint == run["folder"] / "ckpt_step0004"
-    assert study.train(run, args, log=None) == checkpoint
+    checkpoint = runs.train(args, run)
+    assert checkpoint == run.folder / "ckpt_step0004"
+    assert runs.train(args, run) == checkpoint
     ((command, folder),) = commands
-    assert folder == run["folder"] and command[1] == study.train_blockwise.__file__
+    assert folder == run.folder and command[1] == train_blockwise.__file__
     assert command[2:] == ["--LR", "0.001", "--SEED", "1", "--CKPT_DIR", "ckpt"]
     assert json.loads((folder / "seconds.json").read_text()) >= 0
+
+
+def test_the_flags_of_a_way_of_decoding(args):
+    """Steps for all of 16 tokens, whose blocks may have a last step with fewer tokens."""
+
+    def flags(*way):
+        words = runs.decoding_flags(args, Way(*way))
+        return words[words.index("--steps") + 1], set(words) & {"--threshold", last}
+
+    last = "--confidence_eos_eot_inf"
+    assert flags(8, False, 4) == ("4", set())
+    assert flags(16, True, 4) == ("4", {last})
+    assert flags(16, False, 3) == ("6", set())
+    assert flags(8, False, 0) == ("16", {"--threshold"})
 
 
 def test_a_trainer_that_fails_is_no_checkpoint(args, run, monkeypatch):
     fake_trainer(monkeypatch, 1)
     with pytest.raises(SystemExit, match=r"train_blockwise\.py failed"):
-        study.train(run, args, log=None)
+        runs.train(args, run)
     # nor one that is killed between its checkpoint and its end
-    (run["folder"] / "ckpt_step0004").mkdir()
-    (run["folder"] / "ckpt_logs" / "state").mkdir(parents=True)
+    (run.folder / "ckpt_step0004").mkdir()
+    (run.folder / "ckpt_logs" / "state").mkdir(parents=True)
     with pytest.raises(SystemExit, match=r"train_blockwise\.py failed"):
-        study.train(run, args, log=None)
-    assert not (run["folder"] / "seconds.json").exists()
+        runs.train(args, run)
+    assert not (run.folder / "seconds.json").exists()
 
 
 def test_the_trainer_of_a_killed_study_is_waited_for(args, run, monkeypatch):
     """While another process holds the lock of the run, no second trainer is started."""
     commands = fake_trainer(monkeypatch, 1)
-    state = run["folder"] / "ckpt_logs" / "state"
+    state = run.folder / "ckpt_logs" / "state"
     state.mkdir(parents=True)
     lock = open(state / "lock", "w")  # noqa: SIM115 (closed by the other thread)
     fcntl.flock(lock, fcntl.LOCK_EX)
 
     def go_on():
         time.sleep(0.3)
-        end_training(run["folder"])
+        end_training(run.folder)
         lock.close()
 
     other = threading.Thread(target=go_on)
     other.start()
-    assert study.train(run, args, log=None) == run["folder"] / "ckpt_step0004"
+    assert runs.train(args, run) == run.folder / "ckpt_step0004"
     other.join()
     assert not commands
 
@@ -437,36 +459,36 @@ def test_the_trainer_of_a_killed_study_is_waited_for(args, run, monkeypatch):
 def measured(folder):
     """Stand for an evaluation: leave its summary."""
 
-    def leave_summary(model, output, *_):
+    def leave_summary(args, output, words):
         output.mkdir()
         summary = {"accuracy": 0.5, "exact_match": 0.25, "count": 8, "seconds": 1.23}
         summary |= {"tokens": 64, "forwards": 16}
         (output / "summary.json").write_text(json.dumps(summary))
-        (folder / "measured").write_text(str(model))
+        (folder / "measured").write_text(words[words.index("--model") + 1])
 
     return leave_summary
 
 
-TASK_OF_A_RUN = {"model": "base model", "decoding": "0123", "test": "t", "name": "m-0123"}
+TASK = Task("base model", "t", "m-0123", {}, LENGTHS, "identity", "gen16-0123")
 
 
 def test_a_run_is_completed_once(args, run, monkeypatch, tmp_path):
     commands = fake_trainer(monkeypatch, 0, end_training)
-    monkeypatch.setattr(study, "measure", measured(tmp_path))
+    monkeypatch.setattr(runs, "measure", measured(tmp_path))
     args.remove_checkpoints = True
     for _ in range(2):
-        study.complete(run, args, TASK_OF_A_RUN)
+        runs.complete(args, TASK, run, {WAY})
     assert len(commands) == 1
-    assert (tmp_path / "measured").read_text() == str(run["folder"] / "ckpt_step0004")
-    assert not (run["folder"] / "ckpt_step0004").exists()
+    assert (tmp_path / "measured").read_text() == str(run.folder / "ckpt_step0004")
+    assert not (run.folder / "ckpt_step0004").exists()
 
 
 def test_a_failure_names_the_log(args, run, monkeypatch):
     fake_trainer(monkeypatch, 1)
-    log = run["folder"] / "log"
+    log = run.folder / "log"
     message = re.escape(f"train_blockwise.py failed; see {log}")
     with pytest.raises(RuntimeError, match=message):
-        study.complete(run, args, TASK_OF_A_RUN)
+        runs.complete(args, TASK, run, {WAY})
 
 
 @pytest.mark.parametrize("failing", ["base", "blockwise"])
@@ -474,35 +496,34 @@ def test_failures_of_runs(args, failing, monkeypatch):
     """One that fails is reported, and ends the study only if it is the base."""
     done = []
 
-    def complete(run, *_):
-        if run["method"] == failing and run["folder"] != "b2":
+    def complete(args, task, run, ways):
+        if run.method == failing and run.folder != "b2":
             raise RuntimeError("out of order")
-        done.append(run["folder"])
+        done.append(run.folder)
 
-    monkeypatch.setattr(study, "complete", complete)
+    monkeypatch.setattr(runs, "complete", complete)
     monkeypatch.setattr(
-        study, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs)
+        runs, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs)
     )
-    runs = [{"folder": name, "method": "blockwise"} for name in ("b1", "b2")]
-    runs.insert(1, {"folder": "b0", "method": "base"})
-    failed = study.do_all(runs, args, TASK_OF_A_RUN)
+    three = [("b1", "blockwise"), ("b0", "base"), ("b2", "blockwise")]
+    ways_of_runs = {Run(1, method, name, {}): {WAY} for name, method in three}
+    failed = runs.do_all(args, TASK, ways_of_runs)
     if failing == "base":
         assert (failed, done) == (["b0: out of order"], [])
     else:
         assert (failed, done) == (["b1: out of order"], ["b0", "b2"])
 
 
-# ------------------------------------------------------------------------------------ what came out
+# ------- what came out
 
 
 def test_a_line_of_the_results(args, run, monkeypatch, tmp_path):
     fake_trainer(monkeypatch, 0, end_training)
-    monkeypatch.setattr(study, "measure", measured(tmp_path))
-    study.complete(run, args, TASK_OF_A_RUN)
-    missing = {"folder": tmp_path / "blockwise-seed2-0123", "seed": 2}
-    arm = {"study": "prefix", "method": "blockwise", "setting": "PREFIX_MASK_RATE=0.1"}
-    arm |= {"ways": [(8, False, 4)], "runs": [run | {"seed": 1}, missing]}
-    rows = study.collect(args, TASK_OF_A_RUN, [arm])
+    monkeypatch.setattr(runs, "measure", measured(tmp_path))
+    runs.complete(args, TASK, run, {WAY})
+    missing = Run(2, "blockwise", tmp_path / "blockwise-seed2-0123", {})
+    arm = Arm("prefix", "blockwise", "PREFIX_MASK_RATE=0.1", [WAY], [run, missing])
+    rows = results.collect(args, TASK, [arm])
     (row,) = rows
     assert row.pop("seconds") >= 0
     assert row == {
@@ -526,15 +547,15 @@ def test_a_line_of_the_results(args, run, monkeypatch, tmp_path):
     }
 
 
-def test_results_keep_what_other_studies_have_found(args, tmp_path):
+def test_results_keep_what_other_studies_have_found(tmp_path):
     rows = [{"study": "prefix", "model": "m-0123", "accuracy": 0.5}]
     path = tmp_path / "results.csv"
     before = [("suffix", "m-0123"), ("prefix", "m-0123"), ("suffix", "another")]
     with open(path, "w") as file:
-        writer = csv.DictWriter(file, study.COLUMNS)
+        writer = csv.DictWriter(file, results.COLUMNS)
         writer.writeheader()
         writer.writerows({"study": name, "model": model} for name, model in before)
-    study.write_results(path, rows, args, TASK_OF_A_RUN)
+    results.write_results(path, rows, ["prefix"], "m-0123")
     kept = [(row["study"], row["model"], row["accuracy"]) for row in read_results(path)]
     assert kept == [("suffix", "m-0123", ""), ("prefix", "m-0123", "0.5")]
 
@@ -550,8 +571,8 @@ def test_differences_are_paired_by_seed(capsys):
                 | {"supervised_tokens": 1234}
             )
     base = rows[0] | {"method": "base", "setting": "", "seed": "base", "supervised_tokens": ""}
-    study.print_table([base, *rows])
-    study.print_differences([base, *rows])
+    results.print_table([base, *rows])
+    results.print_differences([base, *rows])
     printed = capsys.readouterr().out
     assert re.search(r"s +\| blockwise \| a +\| block 8 +\| 60\.0 \+- 24\.8 \| 1,234\n", printed)
     assert re.search(r"s +\| base +\| +\| block 8 +\| 50\.0 +\|\n", printed)
@@ -560,7 +581,7 @@ def test_differences_are_paired_by_seed(capsys):
     assert f"s: blockwise b, decoding block 8, 2 per step: {mean_and_half}\n" in printed
 
 
-# ------------------------------------------------------------------------------------------ plot.py
+# ------- plot.py
 
 
 def test_mean_and_interval():
@@ -610,6 +631,17 @@ def test_a_panel_for_each_way_of_decoding():
     assert points == pytest.approx([13, 14])
     dashed = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
     assert dashed == pytest.approx([12])
+    assert len({axes.get_xlim() for axes in figure.axes}) == 1
+
+
+def test_a_colour_tells_the_method_and_a_marker_the_setting():
+    named = [("base", ""), ("blockwise", "a"), ("blockwise", "b"), ("fullseq", "")]
+    styles = plot.make_styles([{"method": method, "setting": name} for method, name in named])
+    (colour_a, marker_a), (colour_b, marker_b) = styles["blockwise a"], styles["blockwise b"]
+    assert colour_a == colour_b and marker_a != marker_b
+    assert styles["fullseq"][0] != colour_a
+    methods = [*planning.TRAINERS, *train_control.CONTROLS]
+    assert len({plot.COLOURS[method] for method in methods}) == len(methods)
 
 
 @pytest.mark.parametrize(

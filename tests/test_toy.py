@@ -7,6 +7,7 @@ import pytest
 import toy
 
 
+@pytest.mark.slow
 def test_the_whole_run(tmp_path, monkeypatch, capsys):
     """With less of everything: two launches on two ranks each."""
     monkeypatch.setitem(toy.TRAINING, "TOTAL_TRAIN_STEPS", 6)

@@ -1,17 +1,18 @@
 """The functions of the tasks metamath, metamath_gsm8k and metamath_math500.
 
 They also work without evaluate.py: `lm_eval --include_path experiments/tasks --tasks ...`.
+Guide: experiments/docs/evaluation.md
 """
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # experiments/
 
-import grade
 import suite  # noqa: F401 (pt.py is another folder up)
 from datasets import Dataset
+from tasks import grade
 
 import pt
 
