@@ -24,14 +24,19 @@ import os
 import re
 import shutil
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import partial
 from glob import glob
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple, TextIO
 
 import deepspeed
@@ -39,12 +44,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+from transformers.utils import cached_file
 
 # ------- constants: edit them, or give any for one run as --NAME VALUE (a list as a,b)
 # Functions read args.NAME: a flag changes args, not the constant.
@@ -266,6 +273,7 @@ class Run:
 
 def start(args, method):
     """Check everything, join the other ranks, plan the run, and build or restore its model."""
+    check_launch()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the others wait in init_distributed
         problems = preflight(args, method, world_size)
@@ -346,11 +354,50 @@ def load_examples(args):
     return examples
 
 
+def check_launch():
+    """End with a message where the environment is not that of one launcher; see docs/cluster.md."""
+    if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
+        sys.exit("RANK is set, but not LOCAL_RANK; start with deepspeed or torchrun, or unset RANK")
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        tasks = os.environ["SLURM_NTASKS"]
+        sys.exit(f"each of srun's {tasks} tasks would be a run of its own; let srun start torchrun")
+
+
+def end_with_launcher():
+    """End this process when its launcher has ended, which may have left it running.
+
+    DeepSpeed's launcher, which gives --local_rank, is two processes, a parent and its parent. No
+    shell is watched: a run may outlive its terminal.
+    """
+
+    def command(process):
+        return Path(f"/proc/{process}/cmdline").read_text()
+
+    def parent_of(process):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
+
+    def watch():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            parent, grandparent = os.getppid(), None
+            if any(word.startswith("--local_rank") for word in sys.argv):
+                grandparent = parent_of(parent)
+                if "deepspeed" not in command(parent) or grandparent == "1":
+                    parent = parent if "deepspeed" in command(1) else None  # it has ended already
+            while os.getppid() == parent and grandparent in (None, parent_of(parent)):
+                time.sleep(1)
+        os.write(2, b"the launcher has ended, so this rank ends; repeat the command to resume\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def init_distributed():
     """Join the other ranks, or be the only one if no launcher has set the environment."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    else:
+        end_with_launcher()
     warnings.simplefilter("ignore", FutureWarning)  # of torch, about DeepSpeed's calls
     deepspeed.utils.logger.setLevel("ERROR")
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # gloo will do
@@ -414,27 +461,46 @@ def load_pretrained(args, auto_class, **options):
 
 def build_model(args, device):
     """The base model with the same new adapter on every rank."""
-    return add_adapter(args, prepare_layers(args, load_model(args, device)))
+    model = load_model(args, device)
+    check_sees_later(args, model)
+    return add_adapter(args, prepare_layers(args, model))
 
 
 def load_model(args, device):
-    """The base model, loaded straight to `device`."""
+    """The base model, loaded straight to `device`; its configuration names MASK_ID."""
     options = {"dtype": compute_dtype(), "device_map": {"": device}, "output_loading_info": True}
-    model, info = load_pretrained(args, AutoModelForCausalLM, **options)
+    try:
+        model, info = load_pretrained(args, AutoModelForCausalLM, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        sys.exit(f"MODEL_NAME = {args.MODEL_NAME!r}: its weights cannot be loaded ({error!s:.300})")
     if missing := sorted(info["missing_keys"]):  # transformers would only warn
         what = f"{len(missing)} weights are missing, such as {missing[0]}"
         sys.exit(f"MODEL_NAME = {args.MODEL_NAME!r}: {what}")
+    model.config.mask_token_id = args.MASK_ID  # for decoding
     return model
+
+
+@torch.no_grad()
+def check_sees_later(args, model):
+    """End if no later token changes an earlier logit: a causal model cannot learn to fill masks."""
+    ids = torch.zeros(2, 16, dtype=torch.long, device=model.device)
+    ids[1, 1:] = 1
+    one, other = model(input_ids=ids).logits[:, 0]  # (V,) each
+    if torch.equal(one, other):
+        what = "is a causal language model, which sees no later token"
+        sys.exit(f"MODEL_NAME = {args.MODEL_NAME!r} {what}; give a masked diffusion model")
 
 
 def prepare_layers(args, model):
     """`model`, its transformer layers compiled or checkpointed as the constants say."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     for layer in lists[0] if lists else []:
+        if args.COMPILE:  # first: what calls `checkpoint` would not be compiled
+            layer.forward = torch.compile(layer.forward)
         if args.ACTIVATION_CHECKPOINTING:  # LLaDA's code has no gradient_checkpointing_enable
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        if args.COMPILE:
-            layer.compile()
     return model
 
 
@@ -442,10 +508,13 @@ def add_adapter(args, model):
     """`model` with a new LoRA adapter, which is the same on every rank."""
     torch.manual_seed(args.SEED)
     lora = LoraConfig(r=args.LORA_RANK, lora_dropout=args.LORA_DROPOUT)
-    lora.revision = args.MODEL_REVISION
     lora.lora_alpha = 2 * args.LORA_RANK if args.LORA_ALPHA is None else args.LORA_ALPHA
     lora.target_modules = lora_targets(args, model)
-    return get_peft_model(model, lora).train()
+    adapted = get_peft_model(model, lora).train()
+    if os.path.isdir(args.MODEL_NAME):  # what finds the base from any folder
+        lora.base_model_name_or_path = os.path.abspath(args.MODEL_NAME)
+    lora.revision = getattr(model.config, "_commit_hash", None) or args.MODEL_REVISION
+    return adapted
 
 
 def lora_targets(args, model):
@@ -464,6 +533,8 @@ def ds_config(args, steps):
     cosine = {"total_num_steps": steps, "warmup_num_steps": warmup_steps, "cos_min_ratio": 0.01}
     zero = {"stage": 2, "overlap_comm": True, "reduce_scatter": True, "contiguous_gradients": True}
     buckets = {"allgather_bucket_size": int(2e8), "reduce_bucket_size": int(2e8)}
+    # gradients are summed in float32: 2 bytes per trained weight, for an error of 0.2 not 0.7 %
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if args.GRAD_ACC > 1 else {}
     return {
         "train_micro_batch_size_per_gpu": args.MICRO_BSIZE,
         "gradient_accumulation_steps": args.GRAD_ACC,
@@ -472,14 +543,46 @@ def ds_config(args, steps):
         "optimizer": {"type": "AdamW", "params": adamw},
         "scheduler": {"type": "WarmupCosineLR", "params": cosine},
         "zero_optimization": zero | buckets,
+        **sums,
     }
 
 
 # ------- saving and resuming
-@torch.no_grad()
-def save_merged(model, tokenizer, folder):
-    """Write the base model with W + alpha / r * B @ A, added in float32, for every adapted W."""
+def save_merged(args, model, tokenizer, folder):
+    """Write a checkpoint to the new `folder`: the base model with the adapter merged."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    save_frame(args, base.config, tokenizer, folder)
+    save_torch_state_dict(merged_weights(base), folder)
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
+        path.chmod(0o666 & ~umask)
+
+
+def save_frame(args, config, tokenizer, folder):
+    """Write all of a checkpoint but its weights: configuration, code, tokenizer.
+
+    The code is the model's own. transformers would copy it from a cache, which is keyed by the name
+    of the model's folder, and would fail where it is read-only.
+    """
+    tokenizer.save_pretrained(folder)
+    source = Path(cached_file(args.MODEL_NAME, "config.json", revision=args.MODEL_REVISION)).parent
+    for path in [*source.glob("*.py"), *source.glob("generation_config.json")]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = deepcopy(config)
+    config.dtype = torch.bfloat16  # not that of the computation
+    config.mask_token_id = args.MASK_ID
+    if hasattr(config, "auto_map"):  # the code is beside it, not on the hub
+        auto_map = json.dumps(config.auto_map)
+        config.auto_map = json.loads(re.sub(r'"[^"]*--', '"', auto_map))
+    config.to_json_file(folder / "config.json")
+
+
+@torch.no_grad()
+def merged_weights(base):
+    """{name: W + alpha / r * B @ A in bf16} of the base model; the sum is taken in float32."""
+    head = base.get_output_embeddings()
+    embedding = base.get_input_embeddings()
     weights = {}
     for name, weight in base.state_dict().items():
         if ".lora_" not in name:
@@ -490,10 +593,17 @@ def save_merged(model, tokenizer, folder):
             a = layer.lora_A["default"].weight.float()
             b = layer.lora_B["default"].weight.float()
             weights[f"{name}.weight"] = (w + layer.scaling["default"] * b @ a).bfloat16().cpu()
-    base.save_pretrained(folder, state_dict=weights)
-    base.config.dtype = torch.bfloat16  # not that of the computation
-    base.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        elif layer is head and layer is not embedding and layer.weight is embedding.weight:
+            del weights[f"{name}.weight"]  # tied: loading restores it
+    return weights
+
+
+def flush(folder):
+    """Return when the disk has all files of a folder."""
+    for path in [*Path(folder).rglob("*"), Path(folder)]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def checkpoint_path(args, run, step):
@@ -506,10 +616,10 @@ def save_checkpoint(args, run, path):
     if dist.get_rank() == 0 and not os.path.exists(path):  # or a killed run saved it
         shutil.rmtree(folder, ignore_errors=True)  # what a kill left
         try:
-            save_merged(run.model, run.tokenizer, folder)
+            save_merged(args, run.model, run.tokenizer, folder)
             if args.SAVE_ADAPTER:
                 run.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-            os.sync()
+            flush(folder)
             os.rename(folder, path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -526,7 +636,7 @@ def save_state(engine, state, step):
         raise OSError(f"{state / tag} cannot be saved: {error!s:.200}") from error
     dist.barrier()  # DeepSpeed would write `latest` before this
     if dist.get_rank() == 0:
-        os.sync()
+        flush(state / tag)
         write_json(state / "latest.json", tag)
         for other in state.glob("step*"):
             if other.name != tag:
@@ -542,6 +652,8 @@ def load_state(engine, state):
         if len(list((state / tag).glob("*_states.pt"))) != 1 + dist.get_world_size():
             raise FileNotFoundError("a file is missing")  # DeepSpeed would not notice
         engine.load_checkpoint(state, tag, load_module_strict=False)  # has no frozen weights
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # damaged files fail in many ways
         remedy = f"delete {state.parent} to start again"
         sys.exit(f"{state / tag} is damaged ({error!r:.200}); {remedy}")
@@ -572,9 +684,16 @@ def describe_run(args, method, examples, draws, left_out):
         "world_size": draws.shape[2],
         "data_sha256": hashlib.sha256(Path(args.DATA_PT).read_bytes()).hexdigest(),
         "model_commit": getattr(load_pretrained(args, AutoConfig), "_commit_hash", None),
+        "model_files": model_files(args),
         "versions": {x: version(x) for x in "torch deepspeed transformers peft numpy".split()},
         "budget": method.budget(args, method, examples, draws, left_out),
     }
+
+
+def model_files(args):
+    """{name: [bytes, time of change]} of the weights in a local model's folder."""
+    paths = sorted(Path(args.MODEL_NAME).glob("*.safetensors"))
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
 def budget(args, method, examples, draws, left_out):
@@ -595,14 +714,24 @@ def budget(args, method, examples, draws, left_out):
     }
 
 
+def is_unfinished(logs):
+    """Whether a run has not logged its last step; its state may have been deleted."""
+    if not (logs / "run_config.json").exists():
+        return False
+    steps = json.loads((logs / "run_config.json").read_text())["budget"]["steps"]
+    log = logs / "train_loss.csv"
+    return not log.exists() or len(log.read_text().splitlines()) <= steps
+
+
 def claim_run(args, record):
     """Lock the unfinished run, which must have the same `record`, or a new one.
 
-    Returns the suffix of its folders.
+    Returns the suffix of its folders. A run that has saved nothing yet may have another record.
     """
     for suffix in ["", *(f"-v{number}" for number in range(2, 10**4))]:
         logs = Path(f"{args.CKPT_DIR}_logs{suffix}")
-        taken = logs.exists() or glob(f"{args.CKPT_DIR}_step*[0-9]{suffix}")
+        taken = logs.exists() and not is_unfinished(logs)
+        taken = taken or glob(f"{args.CKPT_DIR}_step*[0-9]{suffix}")
         if (logs / "state").exists() or not taken:
             break
     (logs / "state").mkdir(parents=True, exist_ok=True)
@@ -612,7 +741,8 @@ def claim_run(args, record):
     except BlockingIOError:
         sys.exit(f"{logs} is in use by another process; wait, or set another CKPT_DIR")
     path = logs / "run_config.json"
-    if not path.exists():
+    latest = logs / "state" / "latest.json"
+    if not latest.exists() and not glob(f"{args.CKPT_DIR}_step*[0-9]{suffix}"):  # nothing to lose
         if ABLATION:
             write_json(logs / "ablation_config.json", {name: record[name] for name in ABLATION})
         write_json(logs / "ds_zero2.json", ds_config(args, record["budget"]["steps"]))
@@ -623,7 +753,8 @@ def claim_run(args, record):
     if differ:
         changes = [f"{name} was {old.get(name)!r}, now {record.get(name)!r}" for name in differ]
         remedy = f"change this back, set another CKPT_DIR, or delete {logs} to start again"
-        what = f"{logs} is an unfinished run with other settings"
+        saved = json.loads(latest.read_text()) if latest.exists() else "no step"
+        what = f"{logs} is an unfinished run with other settings (saved: {saved})"
         sys.exit(f"{what}: {', '.join(changes)}; {remedy}")
     return suffix
 
@@ -639,6 +770,8 @@ def preflight(args, method, world_size):
         problems.append(f"{what} ({error!r:.200}); run pt.py")
     try:
         config = load_pretrained(args, AutoConfig)
+        if getattr(config, "quantization_config", None):
+            return [*problems, f"MODEL_NAME = {args.MODEL_NAME!r} is quantized; give its bf16 form"]
         tokenizer = load_pretrained(args, AutoTokenizer, fix_mistral_regex=False)
         code = {"code_revision": args.MODEL_REVISION} if hasattr(config, "auto_map") else {}
         with init_empty_weights():
@@ -649,6 +782,7 @@ def preflight(args, method, world_size):
     if not problems:
         problems += check_examples(args, method, examples, world_size, model, tokenizer)
         problems += method.check_model(args, model, tokenizer)
+        problems += check_saving(args, method, examples, world_size, model, tokenizer)
     return problems
 
 
@@ -657,9 +791,13 @@ def check_model(args, model, tokenizer):
     problems = []
     vocabulary = model.get_input_embeddings().num_embeddings
     mask_id = getattr(model.config, "mask_token_id", None)
+    mask_id = tokenizer.mask_token_id if mask_id is None else mask_id
     if mask_id not in (None, args.MASK_ID) or vocabulary <= args.MASK_ID:
         own = f"{args.MODEL_NAME} has {vocabulary} ids, its mask token is {mask_id or 'unknown'}"
         problems.append(f"MASK_ID = {args.MASK_ID}: {own}")
+    if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
+        none = "its tokenizer has neither an end-of-text nor a padding token"
+        problems.append(f"MODEL_NAME = {args.MODEL_NAME!r}: {none}; add one")
     if not (targets := lora_targets(args, model)):
         none = f"no linear layer of {args.MODEL_NAME} has such a name"
         problems.append(f"TARGET_MODS = {args.TARGET_MODS}: {none}")
@@ -668,13 +806,60 @@ def check_model(args, model, tokenizer):
         print(f"LoRA on {count} layers {target}")
     if not deepspeed.get_accelerator().is_bf16_supported():
         problems.append("this GPU has no bf16; Ampere and later ones have it")
-    folder = Path(args.CKPT_DIR).absolute()
+    on_cpu = deepspeed.get_accelerator().device_name() == "cpu"
+    if on_cpu and model.num_parameters() > 1e9 and os.environ.get("DS_ACCELERATOR") != "cpu":
+        size = f"{model.num_parameters() / 1e9:.1f} billion weights"
+        remedy = "mend the GPU's driver, or set DS_ACCELERATOR=cpu in the environment"
+        problems.append(f"torch finds no GPU for {size}; {remedy}")
+    return problems + check_weights(args)
+
+
+def check_weights(args):
+    """Messages on files of a local model's weights that are missing, or are not downloaded."""
+    folder = Path(args.MODEL_NAME)
+    index = folder / "model.safetensors.index.json"
+    names = {path.name for path in folder.glob("*.safetensors")}
+    if index.exists():
+        names |= set(json.loads(index.read_text())["weight_map"].values())
+    problems = []
+    for path in [folder / name for name in sorted(names)]:
+        if not path.exists():
+            problems.append(f"{path} is missing; complete the model's folder")
+        elif starts_with(path, b"version https://git-lfs"):
+            problems.append(f"{path} is a pointer of git-lfs; get the file with git lfs pull")
+    return problems
+
+
+def starts_with(path, content):
+    with open(path, "rb") as file:
+        return file.read(len(content)) == content
+
+
+def check_saving(args, method, examples, world_size, model, tokenizer):
+    """Messages if what the run saves does not fit the disk, or a checkpoint cannot be written.
+
+    Writes all of a checkpoint but its weights to a scratch folder.
+    """
+    problems = []
+    folder = Path(args.CKPT_DIR).absolute().parent
     while not folder.exists():
         folder = folder.parent
-    needed = 2 * model.num_parameters()  # bytes of a checkpoint
+    steps = len(plan(args, method, examples, world_size)[0])
+    checkpoints = math.ceil(steps / (args.SAVE_EVERY or steps)) if steps else 1
+    layers = [model.get_submodule(name) for name in lora_targets(args, model)]
+    trained = args.LORA_RANK * sum(x.in_features + x.out_features for x in layers)
+    states = 2 if args.STATE_EVERY else 0
+    needed = checkpoints * (2 * model.num_parameters() + 4 * trained * args.SAVE_ADAPTER)
+    needed += states * 14 * trained  # bytes
     if shutil.disk_usage(folder).free < needed:
-        remedy = f"a checkpoint takes {needed / 1e9:.1f} GB; free some space"
-        problems.append(f"CKPT_DIR = {args.CKPT_DIR!r}: {remedy}")
+        what = f"{checkpoints} checkpoints and {states} states take {needed / 1e9:.1f} GB"
+        problems.append(f"CKPT_DIR = {args.CKPT_DIR!r}: {what}; free some space")
+    try:
+        with TemporaryDirectory() as scratch:
+            save_frame(args, model.config, tokenizer, Path(scratch) / "checkpoint")
+    except Exception as error:  # configurations and tokenizers are programs
+        what = f"a checkpoint of it cannot be written ({error!r:.200})"
+        problems.append(f"MODEL_NAME = {args.MODEL_NAME!r}: {what}; repair the model's folder")
     return problems
 
 
@@ -691,9 +876,10 @@ def check_examples(args, method, examples, world_size, model, tokenizer):
     if any(ids.max() >= vocabulary or args.MASK_ID in ids for _, ids in examples):
         what = f"has MASK_ID = {args.MASK_ID} or ids beyond the model's {vocabulary}"
         return [f"{data} {what}; {remedy}"]
-    for _, ids in examples[:32]:  # another tokenizer brings back none of them
+    for _, ids in examples[:32]:  # another tokenizer brings back none of them, even nearly
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if tokenizer.encode(text, add_special_tokens=False) == ids.tolist():
+        again = tokenizer.encode(text, add_special_tokens=False)
+        if SequenceMatcher(None, again, ids.tolist(), autojunk=False).ratio() > 0.9:
             return []
     return [f"{data} was made with another tokenizer; {remedy}"]
 
@@ -767,7 +953,7 @@ def check_constants(args, limits):
     """A message for every constant that is out of its limits, whether edited or given as a flag."""
     problems = []
     for names, types, lowest, highest in limits:
-        kinds = [kind if isinstance(kind, str) else kind.__name__ for kind in types]
+        kinds = [str(getattr(kind, "__name__", kind)) for kind in types]
         allowed = " or ".join(kinds).replace("NoneType", "None")
         if str in types or list in types:
             allowed += ", not empty"

@@ -95,6 +95,8 @@ def score(args, model, input_ids, noisy_ids, over_masked, t):
 def supervised_loss(args, model, input_ids, noisy_ids, over_masked, t, weight, loss_mask):
     """Mean over rows of the weighted cross-entropy of the tokens that a row learns; ()."""
     if args.APPROXIMATE:
+        reveal = (band(args, t) == 0) & over_masked & ~loss_mask  # a random choice needs no scores
+        noisy_ids = torch.where(reveal, input_ids, noisy_ids)
         over_nll = masked_nll(model, input_ids, noisy_ids, over_masked)
         scores = torch.zeros(over_masked.shape)
         scores[over_masked] = over_nll.detach().cpu()

@@ -18,7 +18,6 @@ Shapes: B rows, P prompt tokens, N answer tokens, S = P + 2N, K = BLOCK_SIZE, V 
 M masked positions in the loss, R rows of a rollout.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -99,11 +98,13 @@ TARGET_MODS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 # Output
 CKPT_DIR = "ckpts_opdlm"  # prefix of the folders that a run writes
+SAVE_ADAPTER = False  # not offered: an adapter alone would not tell how to decode with it
+COMPILE = False  # not offered
 STATE_EVERY = 1  # rollouts between states to resume from; None: no states
 
 OWN = {name: value for name, value in globals().items() if name.isupper()}
 CONSTANTS = train_fullseq.CONSTANTS | OWN
-for name in ("MASK_PROB_EPS", "MASK_PADDING", "COMPILE", "SAVE_ADAPTER"):  # see main
+for name in ("MASK_PROB_EPS", "MASK_PADDING"):
     del CONSTANTS[name]
 LIMITS = [
     *train_fullseq.LIMITS,
@@ -113,6 +114,7 @@ LIMITS = [
     ("THRESHOLD", [int, float], 0, 1),
     ("TEMPERATURE", [int, float], 0, 10**6),
     ("LOGIT_SHIFT TRAIN_END FULL_FT", [bool], False, True),
+    ("SAVE_ADAPTER COMPILE", [False], None, None),
     ("ANSWERS", ["student", "teacher", "data"], None, None),
     ("STATES", ["decoded", "random"], None, None),
     ("LOSS", ["kl", "cross-entropy"], None, None),
@@ -336,8 +338,6 @@ def random_steps(args, draws, length):
 # ------- run
 @faults_in_one_line("or lower MICRO_BSIZE, ROLLOUT_BSIZE or GEN_LENGTH")
 def main(args, method):
-    # nothing is compiled, and an adapter alone would not tell how to decode with it
-    args = argparse.Namespace(**vars(args), COMPILE=False, SAVE_ADAPTER=False)
     run = start(args, method)  # or resume, with the next rollout
     teacher = build_teacher(args, run.model.device)
     updates = args.UPDATES_PER_ROLLOUT
@@ -376,7 +376,6 @@ def log_rollout(args, run, rollout, answers):
 def build_model(args, device):
     """The student, with an adapter unless all weights are trained."""
     model = load_model(args, device)
-    model.config.update({"mask_token_id": args.MASK_ID})
     model.config.update({"block_causal": args.BLOCK_SIZE, "logit_shift": args.LOGIT_SHIFT})
     model = prepare_layers(args, model)
     return model.train() if args.FULL_FT else add_adapter(args, model)

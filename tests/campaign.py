@@ -54,6 +54,7 @@ MOMENTS = (
     "saving a checkpoint",
     "at the end",
     "one rank",
+    "the launcher",
 )
 
 
@@ -103,7 +104,7 @@ def has_come(moment, folder, run, elapsed, delay, log_time):
         return (state / "checkpoint" / "config.json").exists()
     if moment == "at the end":
         return (folder / LAST).exists()
-    return elapsed > delay and bool(ranks_of(run))  # one rank
+    return elapsed > delay and bool(ranks_of(run))  # one rank, the launcher
 
 
 def wait_for(moment, folder, run, rng):
@@ -176,7 +177,7 @@ def survive(begin, folder, moments, rng, whole):
 def campaign(script, ranks, kills, seed, toy_folder, folder):
     """Kill runs of `script` on `ranks` until `kills` have hit one; a Counter of the moments."""
     rng = random.Random(f"{script} {ranks} {seed}")
-    moments = MOMENTS if ranks > 1 else MOMENTS[:-1]  # one rank alone has no others
+    moments = MOMENTS if ranks > 1 else MOMENTS[:-2]  # one rank alone has no launcher
 
     def begin(where):
         return start(script, ranks, toy_folder, where)

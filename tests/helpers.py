@@ -284,9 +284,12 @@ def ranks_of(run):
 
 
 def kill(run, moment, rng):
-    """SIGKILL to all processes of a run, or to one rank, after which the others end too."""
+    """SIGKILL to all processes of a run, or to one of them, after which the others end too."""
     ranks = ranks_of(run) if moment == "one rank" else []
-    if ranks:
+    if moment == "the launcher":  # the first of its two processes
+        os.kill(run.pid, rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)))
+        run.wait(timeout=TIMEOUT)
+    elif ranks:
         os.kill(rng.choice(sorted(ranks)), signal.SIGKILL)
         assert run.wait(timeout=TIMEOUT) != 0
     else:

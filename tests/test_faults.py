@@ -72,6 +72,44 @@ def test_an_unfinished_run_keeps_its_name(claimed):
     assert claimed() == "-v2" and Path("run_logs-v2/state").is_dir()
 
 
+def test_a_run_that_has_saved_nothing_may_be_changed(args, claimed):
+    """As after running out of memory: MICRO_BSIZE is lowered, and the name stays."""
+    claimed()
+    args.MICRO_BSIZE, args.GRAD_ACC = 1, 2
+    assert claimed() == ""
+    assert json.loads(Path("run_logs/run_config.json").read_text())["MICRO_BSIZE"] == 1
+    Path("run_logs/train_loss.csv").write_text("step,loss\n1,0.5\n2,0.4\n")
+    shutil.rmtree("run_logs/state")  # of a run of three steps
+    args.MICRO_BSIZE = 2
+    assert claimed() == ""
+    Path("run_logs/train_loss.csv").write_text("step,loss\n1,0.5\n2,0.4\n3,0.3\n")
+    shutil.rmtree("run_logs/state")
+    assert claimed() == "-v2"  # it was finished
+
+
+def test_a_base_that_has_changed_is_noticed(args, claimed, tmp_path):
+    shutil.copytree(args.MODEL_NAME, tmp_path / "base")
+    args.MODEL_NAME = str(tmp_path / "base")
+    claimed()
+    Path("run_logs/state/latest.json").write_text('"step0001"')
+    os.utime(tmp_path / "base" / "model.safetensors", (1, 1))
+    with pytest.raises(SystemExit, match="model_files was"):
+        claimed()
+
+
+def test_too_little_memory_is_no_damage(trainer, one_rank, tmp_path):
+    class Engine:
+        def load_checkpoint(self, *_, **__):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    (tmp_path / "step0002").mkdir()
+    for name in ("a_states.pt", "b_states.pt"):
+        (tmp_path / "step0002" / name).write_text("")
+    (tmp_path / "latest.json").write_text('"step0002"')
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.load_state(Engine(), tmp_path)
+
+
 def test_a_run_killed_while_it_began_begins_again(claimed):
     os.makedirs("run_logs/state")
     Path("run_logs/run_config.partial").write_text("{")
@@ -93,12 +131,14 @@ def test_names_that_are_taken(claimed, taken):
 
 def test_another_run_is_refused_and_named(trainer, args, claimed, tmp_path):
     claimed()
+    Path("run_logs/state/latest.json").write_text('"step0002"')
     before = contents(".")
     args.LORA_RANK, args.LR, args.TOTAL_TRAIN_STEPS = 8, 2e-3, 2
     with pytest.raises(SystemExit, match=r"LORA_RANK was 4, now 8") as refused:
         claimed()
     message = str(refused.value)
     assert "LR was 1e-05, now 0.002" in message and "another CKPT_DIR" in message
+    assert "saved: step0002" in message
     assert "\n" not in message and "run_logs" in message and "budget" not in message
     args.LORA_RANK, args.LR, args.TOTAL_TRAIN_STEPS = 4, 1e-5, 3
     record = Path("run_logs/run_config.json")
@@ -204,7 +244,7 @@ def test_a_checkpoint_appears_when_it_is_whole(trainer, args, one_rank, run, tmp
     (run.state / "checkpoint" / ".tmpX").write_text("what a kill has left")
     seen = []
 
-    def save_merged(model, tokenizer, folder):
+    def save_merged(args, model, tokenizer, folder):
         folder.mkdir()
         (folder / "file").write_text("whole")
         seen.append(path.exists())
@@ -219,7 +259,7 @@ def test_a_checkpoint_appears_when_it_is_whole(trainer, args, one_rank, run, tmp
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(
     trainer, args, one_rank, run, tmp_path, monkeypatch
 ):
-    def save_merged(model, tokenizer, folder):
+    def save_merged(args, model, tokenizer, folder):
         folder.mkdir()
         (folder / "file").write_text("half")
         raise OSError(28, "No space left on device")
@@ -322,9 +362,9 @@ def test_kills_on_two_ranks(toy_folder, tmp_path):
     def begin(folder):
         return start("blockwise", 2, toy_folder, folder)
 
-    moments = ["one rank", "saving a state"]
+    moments = ["one rank", "the launcher", "saving a state"]
     met = survive(begin, tmp_path / "run", moments, random.Random(3), expected)
-    assert met["one rank"] == 1
+    assert met["one rank"] == met["the launcher"] == 1
     assert contents(tmp_path / "run") == expected
     assert "exits with return code = -9" in Path(f"{tmp_path / 'run'}.printed").read_text()
 

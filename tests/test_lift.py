@@ -173,7 +173,7 @@ def loss_by_definition(args, model, batch):
         kind = train_lift.band(args, t[row]).item()
         random_ones = loss_mask[row].nonzero().flatten().tolist()
         kept = {1: easiest[:k], -1: easiest[::-1][:k], 0: random_ones}[kind]
-        if not args.APPROXIMATE:
+        if kind == 0 or not args.APPROXIMATE:  # a random choice needs no scores
             revealed = noisy_ids[row].clone()
             for pos in set(positions) - set(kept):
                 revealed[pos] = input_ids[row, pos]

@@ -10,7 +10,7 @@ import evaluate
 import pytest
 import torch
 from accelerate import init_empty_weights
-from helpers import constants, small_llada
+from helpers import constants, small_llada, small_qwen
 from safetensors.torch import load_file
 from toy_task.llada.configuration_llada import LLaDAConfig
 from toy_task.llada.modeling_llada import LLaDAModelLM, rotary_angles, rotate
@@ -35,7 +35,7 @@ def tokenizer_of(folder):
 
 def merged_weights(trainer, args, model, folder):
     """What save_merged writes to `folder`."""
-    trainer.save_merged(model, tokenizer_of(args.MODEL_NAME), folder)
+    trainer.save_merged(args, model, tokenizer_of(args.MODEL_NAME), folder)
     return load_file(os.path.join(folder, "model.safetensors"))
 
 
@@ -275,3 +275,71 @@ def test_a_checkpoint_of_a_float32_run_is_bf16(trainer, args, tmp_path, monkeypa
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "auto_map" in config
     assert model.get_base_model().get_input_embeddings().weight.dtype == torch.float32
+
+
+def test_files_of_a_checkpoint_have_the_umask(trainer, args, tmp_path):
+    before = os.umask(0o027)
+    try:
+        merged_weights(trainer, args, adapted(trainer, args), tmp_path / "checkpoint")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "checkpoint").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o640, path
+
+
+def test_a_tied_head_is_saved_once(trainer, args, tmp_path):
+    """In float32, where a cast to bf16 makes two tensors of one."""
+    model = small_qwen()
+    assert model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path / "base")
+    args.MODEL_NAME = str(tmp_path / "base")
+    tokenizer = SimpleNamespace(save_pretrained=os.mkdir)
+    trainer.save_merged(args, model, tokenizer, tmp_path / "checkpoint")
+    names = load_file(tmp_path / "checkpoint" / "model.safetensors").keys()
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight.bfloat16().float()), name
+
+
+def test_a_checkpoint_has_its_own_models_code_and_mask_token(trainer, args, tmp_path):
+    """Read-only code, and another model of the same name that was loaded in between."""
+    for place in ("a", "b"):
+        shutil.copytree(args.MODEL_NAME, tmp_path / place / "model")
+        code = tmp_path / place / "model" / "modeling_llada.py"
+        code.write_text(code.read_text() + f"\n# {place}\n")
+        code.chmod(0o444)
+    config = json.loads((tmp_path / "a" / "model" / "config.json").read_text())
+    config["auto_map"] = {key: f"hub/name--{code}" for key, code in config["auto_map"].items()}
+    args.MODEL_NAME = str(tmp_path / "a" / "model")
+    model = trainer.load_model(args, "cpu")
+    model.config.auto_map = config["auto_map"]
+    model.config.mask_token_id = None
+    other = args.__class__(**vars(args) | {"MODEL_NAME": str(tmp_path / "b" / "model")})
+    trainer.load_model(other, "cpu")
+    trainer.save_merged(args, model, tokenizer_of(args.MODEL_NAME), tmp_path / "checkpoint")
+    assert (tmp_path / "checkpoint" / "modeling_llada.py").read_text().endswith("# a\n")
+    saved = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    assert saved["mask_token_id"] == args.MASK_ID
+    assert saved["auto_map"]["AutoConfig"] == "configuration_llada.LLaDAConfig"
+
+
+def test_an_adapter_finds_its_base_from_any_folder(trainer, args, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(args.MODEL_NAME))
+    base = args.MODEL_NAME
+    args.MODEL_NAME = os.path.basename(base)
+    model = trainer.build_model(args, "cpu")
+    assert model.peft_config["default"].base_model_name_or_path == base
+
+
+def test_a_causal_model_is_refused(trainer, args):
+    with pytest.raises(SystemExit, match="is a causal language model"):
+        trainer.check_sees_later(args, small_qwen())
+    trainer.check_sees_later(args, small_llada().bfloat16())
+
+
+def test_sums_of_gradients_are_float32(trainer, args):
+    assert "data_types" not in trainer.ds_config(args, 3)
+    args.GRAD_ACC = 2
+    assert trainer.ds_config(args, 3)["data_types"] == {"grad_accum_dtype": "fp32"}

@@ -251,7 +251,7 @@ def plain_rollout(args, model, prompt, noise):
                         p = (row / args.TEMPERATURE).softmax(0)
                         u = noise[number, start + i].item() * p.sum().item()
                         token = next(v for v in range(AR_VOCABULARY) if p[: v + 1].sum() > u)
-                    found[i] = (p[token].item(), token)
+                    found[i] = (row.softmax(0)[token].item(), token)  # not tempered
             surest = max(found, key=lambda i: found[i][0])
             for i, (confidence, token) in found.items():
                 if confidence > args.THRESHOLD or i == surest:
@@ -291,13 +291,14 @@ def test_sampling_is_from_the_distribution(args):
     logits = torch.randn(1, 1, AR_VOCABULARY)
     expected = logits[0, 0].clone()
     expected[AR_MASK] = -torch.inf
+    untempered = expected.softmax(0)
     expected = (expected / 0.7).softmax(0)
     noise = (torch.arange(40_000) + 0.5)[None] / 40_000
     repeated = logits.expand(1, 40_000, AR_VOCABULARY).clone()
     tokens, confidence = block_causal.sample(args, repeated, noise)
     shares = torch.bincount(tokens[0], minlength=AR_VOCABULARY) / 40_000
     assert (shares - expected).abs().max() < 1e-3 and shares[AR_MASK] == 0
-    torch.testing.assert_close(confidence[0], expected[tokens[0]])
+    torch.testing.assert_close(confidence[0], untempered[tokens[0]])
 
 
 def test_rollouts_grow_in_whole_blocks(args):
@@ -601,7 +602,8 @@ def test_mistakes(ar_folder, changes, message):
 
 
 def test_a_tokenizer_without_an_end(args, model):
-    problems = train_opdlm.check_model(args, model, SimpleNamespace(eos_token_id=None))
+    tokenizer = SimpleNamespace(eos_token_id=None, pad_token_id=0, mask_token_id=None)
+    problems = train_opdlm.check_model(args, model, tokenizer)
     assert any("its tokenizer has no end-of-turn token" in problem for problem in problems)
 
 

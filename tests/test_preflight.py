@@ -15,7 +15,12 @@ import train_opdlm
 from helpers import SUITE, TRAINERS, constants, flags, launch, launcher
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import train_blockwise
 import train_fullseq
@@ -280,7 +285,7 @@ def test_incomplete_weights(trainer, args, tmp_path):
     with pytest.raises(SystemExit, match=missing):
         trainer.build_model(args, "cpu")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"no file named .*model\.safetensors"):
+    with pytest.raises(SystemExit, match=r"weights cannot be loaded .*no file named .*model\.safe"):
         trainer.build_model(args, "cpu")
 
 
@@ -340,7 +345,7 @@ def test_a_full_disk_is_seen_before_training(trainer, args, monkeypatch, tmp_pat
     free = shutil._ntuple_diskusage(10**9, 0, 10**6)
     monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: free)
     (problem,) = problems_of(trainer, args)
-    assert "CKPT_DIR" in problem and "a checkpoint takes 0.0 GB" in problem
+    assert "CKPT_DIR" in problem and "1 checkpoints and 2 states take" in problem
     assert not list(tmp_path.iterdir())  # a refused run leaves nothing
 
 
@@ -461,3 +466,107 @@ def test_lists_are_given_with_commas(trainer):
     assert args.TARGET_MODS == ["q_proj", "v_proj"]
     with pytest.raises(SystemExit, match=r"TARGET_MODS = \[\]: must be list, not empty"):
         trainer.parse_args(["--TARGET_MODS"])
+
+
+def copy_of(args, tmp_path, **changes):
+    """A copy of the model's folder with other values in its configuration."""
+    folder = tmp_path / "copy"
+    shutil.copytree(args.MODEL_NAME, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    args.MODEL_NAME = str(folder)
+    return folder
+
+
+def test_quantized_models_are_refused(trainer, args, tmp_path):
+    copy_of(args, tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    (problem,) = problems_of(trainer, args)
+    assert "is quantized; give its bf16 form" in problem
+
+
+def test_weights_that_are_not_there(trainer, args, tmp_path):
+    folder = copy_of(args, tmp_path)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model-1.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    one, other = problems_of(trainer, args)
+    assert "model-1.safetensors is a pointer of git-lfs" in one
+    assert "model-2.safetensors is missing" in other
+
+
+def test_a_checkpoint_that_cannot_be_written_is_seen_before_training(trainer, args, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("an invalid tokenizer")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
+    (problem,) = problems_of(trainer, args)
+    assert "a checkpoint of it cannot be written (ValueError('an invalid tokenizer'))" in problem
+
+
+def test_an_invalid_generation_config_is_kept_as_it_is(trainer, args, tmp_path):
+    """transformers would refuse to save it, after the last step."""
+    folder = copy_of(args, tmp_path)
+    (folder / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": false}')
+    assert problems_of(trainer, args) == []
+
+
+def test_the_disk_holds_all_that_is_saved(trainer, args, monkeypatch, tmp_path):
+    """Three checkpoints and two states; one checkpoint would fit."""
+    size = 2 * trainer.load_model(args, "cpu").num_parameters()
+    args.CKPT_DIR = str(tmp_path / "run")
+    free = shutil._ntuple_diskusage(10**9, 0, 2 * size)
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: free)
+    assert problems_of(trainer, args) == []
+    args.SAVE_EVERY = 1
+    (problem,) = problems_of(trainer, args)
+    assert "3 checkpoints and 2 states take 0.1 GB" in problem
+
+
+@pytest.mark.parametrize("named", [126336, None])
+def test_the_mask_token_of_the_tokenizer(trainer, args, tmp_path, named):
+    """It counts where the configuration names none."""
+    folder = copy_of(args, tmp_path, mask_token_id=None)
+    if named:
+        content = json.loads((folder / "tokenizer_config.json").read_text())
+        content["mask_token"] = "<|mdm_mask|>"
+        (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    assert problems_of(trainer, args) == []
+    args.MASK_ID = 100
+    problems = [problem for problem in problems_of(trainer, args) if "MASK_ID = 100" in problem]
+    assert any("its mask token is 126336" in problem for problem in problems) == bool(named)
+
+
+def test_a_tokenizer_with_neither_end_nor_padding(trainer, args, tmp_path):
+    folder = copy_of(args, tmp_path)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        content = json.loads((folder / name).read_text())
+        for key in ("eos_token", "pad_token"):
+            content.pop(key, None)
+        (folder / name).write_text(json.dumps(content))
+    (problem,) = problems_of(trainer, args)
+    assert "has neither an end-of-text nor a padding token" in problem
+
+
+def test_a_large_model_needs_a_gpu_or_a_word(trainer, args, monkeypatch):
+    sizes = {"num_parameters": lambda _: 8 * 10**9}
+    monkeypatch.setattr(PreTrainedModel, "num_parameters", sizes["num_parameters"])
+    free = shutil._ntuple_diskusage(10**12, 0, 10**12)
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: free)
+    assert problems_of(trainer, args) == []  # the tests set DS_ACCELERATOR=cpu
+    monkeypatch.delenv("DS_ACCELERATOR")
+    (problem,) = problems_of(trainer, args)
+    assert "no GPU for 8.0 billion weights" in problem and "DS_ACCELERATOR=cpu" in problem
+
+
+def test_environments_of_no_launcher(trainer, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    trainer.check_launch()
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    with pytest.raises(SystemExit, match="let srun start torchrun"):
+        trainer.check_launch()
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit, match="not LOCAL_RANK"):
+        trainer.check_launch()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    trainer.check_launch()

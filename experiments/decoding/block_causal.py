@@ -135,7 +135,10 @@ def cached_inputs(args, model, cache, ids, valid):
 
 
 def sample(args, logits, noise):
-    """Tokens and their probabilities, (R, K) each, from logits (R, K, V) and noise (R, K)."""
+    """Tokens, and their probabilities at temperature 1, (R, K) each.
+
+    logits (R, K, V); noise (R, K).
+    """
     logits[..., args.MASK_ID] = -math.inf
     if args.TEMPERATURE == 0:
         confidence, tokens = logits.softmax(-1).max(-1)
@@ -145,7 +148,7 @@ def sample(args, logits, noise):
     threshold = noise[..., None] * cumulative[..., -1:]
     tokens = torch.searchsorted(cumulative, threshold, right=True)  # (R, K, 1)
     tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    return tokens[..., 0], probability.gather(-1, tokens)[..., 0]
+    return tokens[..., 0], logits.softmax(-1).gather(-1, tokens)[..., 0]
 
 
 # ------- the teacher
