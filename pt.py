@@ -12,6 +12,7 @@ Guide: experiments/docs/running.md.
 """
 
 import argparse
+import csv
 import os
 import re
 import signal
@@ -34,6 +35,8 @@ PROMPT = (  # MetaMath's
 )
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 BATCH_ROWS = 1000  # rows rendered and encoded together
+OUTCOMES = ("read", "filtered by type", "malformed", "unfit", "too long", "kept")
+NAMED_ROWS = 3  # of those that do not fit the chat template or the tokenizer
 
 
 # ------- from rows to tokens
@@ -45,21 +48,27 @@ def preprocess(rows, tokenizer, max_len, max_samples, filter_type):
 
     Returns:
         samples: list of `{"prompt_len": int, "full_ids": LongTensor of at most max_len ids}`.
-        counts: Counter of rows read, filtered by type, malformed, too long, kept.
+        counts: Counter of OUTCOMES.
 
     Raises:
-        SystemExit: if the chat template fails.
+        SystemExit: if the chat template or the tokenizer fits none of the first rows.
         UnicodeDecodeError: if a text is not UTF-8.
     """
     columns = [name for name in ("type", "query", "response") if name in rows.column_names]
     rows = rows.select_columns(columns)
     limit = max_samples or len(rows)
     samples = []
-    counts = Counter({"read": 0, "filtered by type": 0, "malformed": 0, "too long": 0, "kept": 0})
+    counts = Counter(dict.fromkeys(OUTCOMES, 0))
     with tqdm(total=len(rows), unit=" rows", desc="preprocess") as bar:
         for start in range(0, len(rows), BATCH_ROWS):
             batch = rows[start : start + BATCH_ROWS]
-            outcomes, encoded = process_batch(batch, tokenizer, max_len, filter_type)
+            outcomes, encoded, notes = process_batch(batch, tokenizer, max_len, filter_type)
+            named = list(notes.items())[: max(0, NAMED_ROWS - counts["unfit"])]
+            if notes and not samples and set(outcomes) == {"unfit"}:
+                what = f"--model {tokenizer.name_or_path} fits none of the first {len(notes)} rows"
+                sys.exit(f"{what}: {named[0][1]}; give another model or template")
+            for i, note in named:
+                bar.write(f"row {start + i + 1} is left out: {note}", file=sys.stderr)
             kept = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
             kept = kept[: limit - len(samples)]
             samples += to_tensors([encoded[i] for i in kept])
@@ -79,6 +88,7 @@ def process_batch(batch, tokenizer, max_len, filter_type):
     Returns:
         outcomes: list of str, one per row.
         samples: list of `(prompt_len, list of ids)`, one per row; None for rows that are not kept.
+        notes: {row: why the chat template or the tokenizer does not fit it}.
     """
     queries = batch["query"]
     responses = batch["response"]
@@ -89,20 +99,23 @@ def process_batch(batch, tokenizer, max_len, filter_type):
         outcomes.append(judge(row_type, query, response, filter_type, special))
     samples = [None] * len(outcomes)
     chosen = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
-    if not chosen:
-        return outcomes, samples
-    header = find_trailing_header(tokenizer)
-    chosen_queries = [queries[i] for i in chosen]
-    chosen_responses = [responses[i] for i in chosen]
-    prompts, texts = render(tokenizer, header, chosen_queries, chosen_responses)
-    for i, sample in zip(chosen, encode(tokenizer, prompts, texts, max_len), strict=True):
-        if sample is None:
-            outcomes[i] = "too long"
-        elif 0 < sample[0] < len(sample[1]):
-            samples[i] = sample
-        else:  # the template drops the query or the response
-            outcomes[i] = "malformed"
-    return outcomes, samples
+    rendered = render_rows(tokenizer, [(queries[i], responses[i]) for i in chosen])
+    notes = {i: found for i, found in zip(chosen, rendered, strict=True) if isinstance(found, str)}
+    fitting = {i: found for i, found in zip(chosen, rendered, strict=True) if i not in notes}
+    if fitting:
+        prompts, texts = zip(*fitting.values(), strict=True)
+        decoded = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = encode(tokenizer, list(prompts), list(texts), max_len)
+        for i, prompt_ids, sample in zip(fitting, decoded, encoded, strict=True):
+            if sample is None:
+                outcomes[i] = "too long"
+            elif sample[1][: sample[0]] != prompt_ids or sample[0] == len(sample[1]):
+                notes[i] = "before the answer, its prompt ends in other tokens than in decoding"
+            else:
+                samples[i] = sample
+    for i in notes:
+        outcomes[i] = "unfit"
+    return outcomes, samples, notes
 
 
 def judge(row_type, query, response, filter_type, special):
@@ -126,6 +139,46 @@ def special_token_pattern(tokenizer):
     return re.compile(pattern or "(?!)")  # (?!) matches nothing
 
 
+def render_rows(tokenizer, rows):
+    """Render (query, response) rows: (prompt, text) of each, or a str, why it does not fit."""
+    header = find_trailing_header(tokenizer)
+    try:
+        pairs = list(zip(*render_all(tokenizer, header, *zip(*rows, strict=True)), strict=True))
+    except Exception:  # a template is a program and can fail in any way, on one row of many
+        pairs = []
+        for query, response in rows:
+            try:
+                ((prompt,), (text,)) = render_all(tokenizer, header, [query], [response])
+                pairs.append((prompt, text))
+            except Exception as error:
+                pairs.append(f"the chat template fails ({first_line(error)})")
+    found = []
+    for pair, (query, response) in zip(pairs, rows, strict=True):
+        found.append(pair if isinstance(pair, str) else misfit(*pair, query, response) or pair)
+    return found
+
+
+def misfit(prompt, text, query, response):
+    """Why a conversation cannot be trained on, as a str; None if it can."""
+    if not text.startswith(prompt):
+        return f"the chat template does not continue the prompt {prompt[-60:]!r} with the answer"
+    if PROMPT.format(query=query).strip() not in prompt:
+        return "the chat template drops the query, or a part of it"
+    if response.strip() not in text[len(prompt) :]:
+        return "the chat template drops the response, or a part of it"
+    return None
+
+
+def render_all(tokenizer, header, queries, responses):
+    """The prompts and texts of conversations as the template renders them; fails as it does."""
+    questions = [[{"role": "user", "content": PROMPT.format(query=query)}] for query in queries]
+    answers = [[{"role": "assistant", "content": response}] for response in responses]
+    whole = [question + answer for question, answer in zip(questions, answers, strict=True)]
+    prompts = tokenizer.apply_chat_template(questions, tokenize=False, add_generation_prompt=True)
+    texts = tokenizer.apply_chat_template(whole, tokenize=False)
+    return prompts, [text.removesuffix(header) for text in texts]
+
+
 def render(tokenizer, header, queries, responses):
     """Render the queries and responses with the chat template.
 
@@ -136,18 +189,11 @@ def render(tokenizer, header, queries, responses):
     Raises:
         SystemExit: if the template fails, or a conversation does not begin with its prompt.
     """
-    questions = [[{"role": "user", "content": PROMPT.format(query=query)}] for query in queries]
-    answers = [[{"role": "assistant", "content": response}] for response in responses]
-    whole = [question + answer for question, answer in zip(questions, answers, strict=True)]
     template = f"--model {tokenizer.name_or_path}: its chat template"
     try:
-        prompts = tokenizer.apply_chat_template(
-            questions, tokenize=False, add_generation_prompt=True
-        )
-        texts = tokenizer.apply_chat_template(whole, tokenize=False)
+        prompts, texts = render_all(tokenizer, header, queries, responses)
     except Exception as error:  # a template is a program and can fail in any way
         sys.exit(f"{template} fails ({first_line(error)}); give another model or template")
-    texts = [text.removesuffix(header) for text in texts]
     for prompt, text in zip(prompts, texts, strict=True):
         if not text.startswith(prompt):
             sys.exit(
@@ -280,7 +326,10 @@ def load_rows(dataset, split):
                 check_lines(dataset)
             # A file has no splits. It becomes the one asked for, so that `train[:100]` is a slice.
             files = {split.partition("[")[0]: dataset}
-            rows = datasets.load_dataset(FILE_TYPES[suffix], data_files=files, split=split)
+            options = text_columns(dataset) if suffix == ".csv" else {}
+            rows = datasets.load_dataset(
+                FILE_TYPES[suffix], data_files=files, split=split, **options
+            )
         elif os.path.isdir(dataset):
             rows = datasets.load_dataset(os.path.abspath(dataset), split=split)  # "." has no name
         else:
@@ -293,8 +342,20 @@ def load_rows(dataset, split):
         )
     if not {"query", "response"} <= set(rows.column_names):
         columns = ", ".join(rows.column_names)
-        sys.exit(f"--dataset {dataset}: rename its columns ({columns}) to query and response")
+        remedy = f"rename its columns ({columns}) to query and response"
+        if any(not isinstance(feature, datasets.Value) for feature in rows.features.values()):
+            remedy = f"flatten its columns ({columns}) into the texts query and response, such as"
+            remedy += ' query = messages[0]["content"], response = messages[1]["content"]'
+        sys.exit(f"--dataset {dataset}: {remedy}")
     return rows
+
+
+def text_columns(path):
+    """Options with which datasets reads all cells of a CSV file as they are written."""
+    with open(path, newline="", encoding="utf-8") as file:
+        names = next(csv.reader(file))
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    return {"features": features, "keep_default_na": False, "na_filter": False}
 
 
 def check_lines(path):

@@ -113,7 +113,7 @@ def test_the_whole_is_encoded_once(toy_folder, monkeypatch):
 
 
 def test_tokens_that_join_across_the_boundary():
-    """Where the prompt alone is one token longer than within the whole, only the whole is right."""
+    """Decoding would show other tokens before the answer than training: such rows are refused."""
     vocab = {
         character: i
         for i, character in enumerate(
@@ -127,16 +127,45 @@ def test_tokens_that_join_across_the_boundary():
         "{% for m in messages %}{{ m['content'] }}{{ '\n\n' if m['role'] == 'user' }}{% endfor %}"
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, chat_template=template)
-    (sample,), _ = pt.preprocess(
-        dataset([{"query": "q", "response": "Xyz"}]), tokenizer, 10_000, 0, ""
-    )
+    joins, fits = {"query": "q", "response": "Xyz"}, {"query": "q", "response": "xyz"}
+    with pytest.raises(SystemExit, match="ends in other tokens than in decoding"):
+        pt.preprocess(dataset([joins]), tokenizer, 10_000, 0, "")
+    (sample,), counts = pt.preprocess(dataset([joins, fits]), tokenizer, 10_000, 0, "")
     tokens = tokenizer.convert_ids_to_tokens(sample["full_ids"].tolist())
-    assert tokens[sample["prompt_len"] - 2 :] == [
-        "\n",
-        "\nX",
-        "y",
-        "z",
-    ]  # the token that straddles is the prompt's
+    assert tokens[sample["prompt_len"] - 1 :] == ["\n\n", "x", "y", "z"]
+    assert (counts["unfit"], counts["kept"]) == (1, 1)
+
+
+PARTS = (  # of a template for contents that are lists of parts
+    "{% for m in messages %}{{ m['role'] }}: {% for p in m['content'] %}{{ p['text'] }}{% endfor %}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+NO_THINKING = (  # the generation prompt has an empty thought, the conversation if it has no other
+    "{% for m in messages %}{{ m['role'] }}\n{% if m['role'] == 'assistant' and '</think>' not in "
+    "m['content'] %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n<think>\n\n</think>\n\n' }}"
+    "{% endif %}"
+)
+
+
+def test_a_template_that_drops_texts(toy_folder):
+    tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
+    tokenizer.chat_template = PARTS
+    with pytest.raises(SystemExit, match="drops the query"):
+        pt.preprocess(dataset(ROWS), tokenizer, 1000, 0, "")
+
+
+def test_one_odd_row_is_named_and_left_out(toy_folder, capsys):
+    """Whether its conversation does not begin with the prompt, or the template refuses it."""
+    rows = [{"query": "What?", "response": "That."} for _ in range(5)]
+    rows[3]["response"] = "<think>\nhm\n</think>\n\nThat."
+    tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
+    refuses = "{% if '</think>' in messages[-1]['content'] %}{{ raise_exception('no') }}{% endif %}"
+    for template in (NO_THINKING, refuses + NO_THINKING):
+        tokenizer.chat_template = template
+        samples, counts = pt.preprocess(dataset(rows), tokenizer, 1000, 0, "")
+        assert (len(samples), counts["unfit"]) == (4, 1)
+        assert "row 4 is left out: the chat template" in capsys.readouterr().err
 
 
 def test_template_that_does_not_continue_the_prompt(toy_folder):
@@ -161,8 +190,8 @@ def test_template_that_fails(template, toy_folder):
 def test_template_that_drops_the_answer(toy_folder):
     tokenizer = AutoTokenizer.from_pretrained(toy_folder / "model", fix_mistral_regex=False)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    samples, counts = pt.preprocess(dataset(ROWS), tokenizer, 1000, 0, "")
-    assert not samples and counts["malformed"] == len(ROWS)
+    with pytest.raises(SystemExit, match="drops the response"):
+        pt.preprocess(dataset(ROWS), tokenizer, 1000, 0, "")
 
 
 def test_counts(toy_folder):
@@ -181,11 +210,29 @@ def test_counts(toy_folder):
     ]
     rows = [good, *({**good, **change} for change in changes)]
     samples, counts = pt.preprocess(dataset(rows), tokenizer, 1000, 0, "GSM")
-    assert counts == {"read": 10, "filtered by type": 1, "malformed": 5, "too long": 1, "kept": 3}
+    outcomes = {"filtered by type": 1, "malformed": 5, "unfit": 0, "too long": 1, "kept": 3}
+    assert counts == {"read": 10, **outcomes}
     assert len(samples) == 3
     assert len(pt.preprocess(dataset(rows), tokenizer, 1000, 0, "")[0]) == 4  # "" filters nothing
     samples, counts = pt.preprocess(dataset([good] * 9), tokenizer, 1000, 5, "GSM")
     assert (len(samples), counts["read"]) == (5, 5)
+
+
+def test_cells_of_a_csv_are_text(toy_folder, tmp_path):
+    """NA, None, null and digits are what is written, not missing values and numbers."""
+    cells = ["NA", "None", "null", "007", "5", "nan", "yes"]
+    lines = [f"What is it?,{cell}" for cell in cells]
+    (tmp_path / "rows.csv").write_text("\n".join(["query,response", *lines]) + "\n")
+    rows = pt.load_rows(str(tmp_path / "rows.csv"), "train")
+    assert rows["response"][:] == cells
+    assert len(pt.load_rows(str(tmp_path / "rows.csv"), "train[:3]")) == 3
+
+
+def test_nested_columns_are_named(tmp_path):
+    row = {"messages": [{"role": "user", "content": "Hi"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit, match=r"flatten its columns \(messages\) into the texts query"):
+        pt.load_rows(str(tmp_path / "rows.jsonl"), "train")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
@@ -205,7 +252,7 @@ def test_files(suffix, toy_folder, tmp_path, capsys):
     (sample,) = torch.load(tmp_path / "rows.pt", weights_only=True)
     assert set(sample) == {"prompt_len", "full_ids"}
     printed = capsys.readouterr().out
-    assert "2 read, 1 filtered by type, 0 malformed, 0 too long, 1 kept" in printed
+    assert "2 read, 1 filtered by type, 0 malformed, 0 unfit, 0 too long, 1 kept" in printed
     assert "The answer is: 5<|eot_id|>" in printed.split("its answer")[1]
     assert "What is 2 + 3?" in printed.split("its answer")[0]
 
