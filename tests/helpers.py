@@ -287,7 +287,7 @@ def kill(run, moment, rng):
     """SIGKILL to all processes of a run, or to one of them, after which the others end too."""
     ranks = ranks_of(run) if moment == "one rank" else []
     if moment == "the launcher":  # the first of its two processes
-        os.kill(run.pid, rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)))
+        os.kill(run.pid, rng.choice((signal.SIGKILL, signal.SIGTERM)))
         run.wait(timeout=TIMEOUT)
     elif ranks:
         os.kill(rng.choice(sorted(ranks)), signal.SIGKILL)
