@@ -5,7 +5,10 @@ Guide: experiments/docs/evaluation.md
 """
 
 import json
+import math
+import re
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # experiments/
@@ -18,6 +21,9 @@ import pt
 
 QUERIES = ("query", "question", "problem")  # columns of MetaMathQA, GSM8K and MATH-500
 SOLUTIONS = ("answer", "response")
+ONE_PER_LINE = "the file must hold one JSON object per line"
+UNFINISHED = re.compile(r"(?:the answer is:?|####)\W*$|^nan$", re.I)
+PROSE = re.compile(r"\n|[a-z]{2}[.!?]\s+[A-Z]")  # what no final answer has: lines, sentences
 
 
 def read_problems(path, **_):
@@ -41,7 +47,7 @@ def parse(line, number):
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} is not JSON ({error})") from None
+        raise ValueError(f"line {number} is not JSON ({error}); {ONE_PER_LINE}") from None
 
 
 def process_docs(rows):
@@ -56,21 +62,41 @@ def make_problem(row, place):
     Raises:
         ValueError: if the row at this place has no text or no final answer.
     """
-    row = row if isinstance(row, dict) else {}
-    query = next((row[name] for name in QUERIES if row.get(name) is not None), None)
-    solution = next((row[name] for name in SOLUTIONS if row.get(name) is not None), None)
-    texts = isinstance(query, str) and query.strip()
-    if not texts or isinstance(solution, bool) or not isinstance(solution, str | int | float):
-        columns = f"a text in {' or '.join(QUERIES)}, and {' or '.join(SOLUTIONS)}"
-        raise ValueError(f"{place} needs {columns}: {row!r:.80}")
-    # a worked solution, as GSM8K's are, or the final answer itself
-    answer = grade.final_answer(str(solution)) or str(solution).strip()
-    if not answer or "\n" in answer:
+    columns = row if isinstance(row, dict) else {}
+    query = next((columns[name] for name in QUERIES if columns.get(name) is not None), None)
+    solution = next((columns[name] for name in SOLUTIONS if columns.get(name) is not None), None)
+    has_text = isinstance(query, str) and query.strip()
+    if not has_text or isinstance(solution, bool) or not isinstance(solution, str | int | float):
+        needed = f"a text in {' or '.join(QUERIES)}, and {' or '.join(SOLUTIONS)}"
+        remedy = "" if isinstance(row, dict) else f"; {ONE_PER_LINE}"
+        raise ValueError(f"{place} needs {needed}: {row!r:.80}{remedy}")
+    return {"query": query, "answer": read_answer(solution, place)}
+
+
+def read_answer(solution, place):
+    """The final answer, as a text, of a solution in words, or of one that is the answer itself.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if isinstance(solution, float):
+        if not math.isfinite(solution):
+            raise ValueError(f"{place} has no final answer: {solution}; give a finite number")
+        return digits(solution)
+    text = str(solution).strip()
+    answer = grade.final_answer(text)
+    if answer is None:
+        answer = text
+    if not answer or PROSE.search(answer) or UNFINISHED.search(text):
         raise ValueError(
-            f"{place} has no final answer: {str(solution)[-80:]!r}; "
-            'let it end in "The answer is: ..."'
+            f'{place} has no final answer: {text[-80:]!r}; let it end in "The answer is: ..."'
         )
-    return {"query": query, "answer": answer}
+    return answer
+
+
+def digits(number):
+    """A number as it is written without an exponent: 1e22 is 1 and 22 zeros."""
+    return format(Decimal(str(number)), "f")
 
 
 def doc_to_text(problem):
