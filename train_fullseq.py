@@ -734,9 +734,12 @@ def claim_run(args, record):
     old = json.loads(path.read_text())
     names = [name for name in old | record if name != "budget"]
     differ = [name for name in names if old.get(name) != record.get(name)]
+    tokens = "supervised_tokens"
+    if not differ and old["budget"].get(tokens) != record["budget"].get(tokens):
+        sys.exit(f"{logs} is an unfinished run whose {tokens} were others: the code has changed")
     if differ:
         changes = [f"{name} was {old.get(name)!r}, now {record.get(name)!r}" for name in differ]
-        remedy = f"change this back, set another CKPT_DIR, or delete {logs} to start again"
+        remedy = f"change this back, set another CKPT_DIR, or delete {logs} and its checkpoints"
         saved = json.loads(latest.read_text()) if latest.exists() else "no step"
         what = f"{logs} is an unfinished run with other settings (saved: {saved})"
         sys.exit(f"{what}: {', '.join(changes)}; {remedy}")

@@ -29,15 +29,13 @@ import sys
 
 import suite
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, logging
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, logging
 
 import pt
 
-MASK_ID = 126336  # LLaDA's <|mdm_mask|>
-EOS_ID = 126081  # LLaDA's <|endoftext|>
-EOT_ID = 126348  # LLaDA's <|eot_id|>
+BLOCK_LENGTH = 32  # tokens, of a model that says nothing else
 LOGSUMEXP_ROWS = 32  # rows of logits reduced at once: they fit in a CPU's caches
 REMASKING = ("low_confidence", "random")
 OPTIONS = (  # the flags that are keyword arguments of `decode`
@@ -66,9 +64,9 @@ def decode(
     threshold=None,
     logits_eos_inf=False,
     confidence_eos_eot_inf=False,
-    mask_id=MASK_ID,
-    eos_id=EOS_ID,
-    eot_id=EOT_ID,
+    mask_id,
+    eos_id,
+    eot_id,
     seeds=None,
     callback=None,
 ):
@@ -90,6 +88,7 @@ def decode(
         confidence_eos_eot_inf: with "low_confidence", the logits of `eos_id` and `eot_id` are -inf
             in the softmax of the confidences. End tokens then have probability 0 and are committed
             last in their block; other tokens have their probability among the other tokens.
+        mask_id, eos_id, eot_id: of [MASK] and of the tokens that end an answer, see `special_ids`.
         seeds: B ints, for the noise and random remasking; None: 0, 1, 2, ...
         callback: called before each forward pass with the numbers of its prompts, a list of R
             ints, and their canvases, (R, L) ids.
@@ -108,7 +107,7 @@ def decode(
     canvas, prompt_lens = make_canvas(prompts, gen_length, mask_id, eos_id, device)
     lengths = prompt_lens + gen_length  # (B, 1)
     generators = make_generators(range(len(prompts)) if seeds is None else seeds, device)
-    end_ids = torch.tensor([eos_id, eot_id], device=device)
+    ends = torch.tensor([eos_id, eot_id], device=device)
     ended = torch.zeros_like(prompt_lens, dtype=torch.bool)  # (B, 1) True = in an earlier block
     block_steps = steps // (gen_length // block_length)
     num_transfer_tokens = get_num_transfer_tokens(block_length, block_steps, threshold)
@@ -129,12 +128,12 @@ def decode(
             counts = masked.sum(1).tolist()  # rows of logits per prompt
             x0 = sample_tokens(logits, counts, generators, temperature)  # (M,)
             if confidence_eos_eot_inf:
-                logits[:, end_ids] = -math.inf
+                logits[:, ends] = -math.inf
             confidence = score(logits, x0, counts, generators, remasking)  # (M,)
             del logits  # the next forward pass needs the memory
             transfer_index = most_confident(masked, confidence, num, threshold)  # (B, K)
             commit(canvas, active, masked, x0, transfer_index)
-        ended |= torch.isin(canvas.gather(1, active), end_ids).any(1, keepdim=True)
+        ended |= torch.isin(canvas.gather(1, active), ends).any(1, keepdim=True)
     return canvas.gather(1, prompt_lens + torch.arange(gen_length, device=device)).cpu()
 
 
@@ -324,10 +323,10 @@ def main(args):
     logging.set_verbosity_error()
     tokenizer = pt.load_tokenizer(*base_of(args.model, args.model_revision))
     prompts = encode_prompts(tokenizer, [args.prompt])
+    options = decode_options(args, read_config(*base_of(args.model, args.model_revision)))
     model = load_model(args.model, args.model_revision, args.device, getattr(torch, args.dtype))
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = special_ids(args.model, model.config, tokenizer, vocabulary)
-    options = decode_options(args)
     check_block_length(args.model, model.config, options["block_length"])
     check_prompts(args.model, prompts, args.gen_length, ids["mask_id"], model.config)
 
@@ -350,9 +349,7 @@ def main(args):
     except KeyboardInterrupt:
         sys.exit("interrupted")
     bar.close()
-    answer = answers[0]
-    length = answer_length(answer, ids["eos_id"], ids["eot_id"])
-    print(tokenizer.decode(answer[:length], skip_special_tokens=True).strip())
+    print(answer_text(tokenizer, answers[0], ids["eos_id"], ids["eot_id"]).strip())
 
 
 def spell(ids, tokenizer, mask_id):
@@ -393,6 +390,13 @@ def answer_length(ids, eos_id, eot_id):
     return int(ends[0]) + 1 if len(ends) else len(ids)
 
 
+def answer_text(tokenizer, ids, eos_id, eot_id):
+    """The text of an answer up to its first end token, without this and other special tokens."""
+    ids = ids[: answer_length(ids, eos_id, eot_id)]
+    ids = ids[~torch.isin(ids, torch.tensor([eos_id, eot_id]))]
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
 # ------- the model
 def set_device(args):
     """Fill in `args.device` and `args.dtype` where they were not given.
@@ -402,8 +406,8 @@ def set_device(args):
     """
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda":  # the launcher gives each process its own
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if args.device == "cuda":
+        args.device = f"cuda:{local_rank()}"
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -416,6 +420,16 @@ def set_device(args):
         print(message, file=sys.stderr)
 
 
+def local_rank():
+    """The number of this process's GPU: LOCAL_RANK, which a launcher sets.
+
+    Where RANK alone is set, the ranks take the machine's GPUs in turn.
+    """
+    if os.environ.get("LOCAL_RANK"):
+        return int(os.environ["LOCAL_RANK"])
+    return int(os.environ.get("RANK") or 0) % max(1, torch.cuda.device_count())
+
+
 def fast_bfloat16():
     """Whether torch has fast products in bfloat16 on this CPU."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -425,7 +439,7 @@ def base_of(name, revision):
     """The model and revision that an adapter's folder belongs to; of another model, the same.
 
     Raises:
-        SystemExit: if the folder's adapter_config.json is damaged.
+        SystemExit: if the folder's adapter_config.json is damaged, or its base is not there.
     """
     if not os.path.exists(os.path.join(name, "adapter_config.json")):
         return name, revision
@@ -433,14 +447,37 @@ def base_of(name, revision):
         adapter = PeftConfig.from_pretrained(name)
     except Exception as error:  # it may be damaged in many ways
         sys.exit(f"--model {name} has a damaged adapter_config.json ({pt.first_line(error)})")
-    return adapter.base_model_name_or_path, adapter.revision
+    base = adapter.base_model_name_or_path
+    if not os.path.isdir(base or ""):
+        try:
+            PretrainedConfig.get_config_dict(base, revision=adapter.revision)
+        except Exception as error:  # no such folder, a bad name, the hub
+            sys.exit(
+                f"--model {name} is an adapter of {base}, which is neither a folder, as seen from "
+                f"{os.getcwd()}, nor a model of the hub ({pt.first_line(error)}); correct "
+                f"base_model_name_or_path in {os.path.join(name, 'adapter_config.json')}"
+            )
+    return base, adapter.revision
+
+
+def read_config(name, revision):
+    """The configuration of a model that is no adapter.
+
+    Raises:
+        SystemExit: if it cannot be loaded.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
+    except Exception as error:  # the hub, the folder and remote code fail in many ways
+        why = pt.first_line(error)
+        sys.exit(f"--model {name} cannot be loaded ({why}); give a hub id or a model folder")
 
 
 def load_model(name, revision="main", device="cpu", dtype=torch.float32):
     """A checkpoint, a base model, or a base with an adapter merged, for decoding, on `device`.
 
     Raises:
-        SystemExit: if it cannot be loaded, or lacks weights.
+        SystemExit: if it cannot be loaded, lacks weights, or the adapter is not the base's.
     """
     base, revision = base_of(name, revision)
     try:
@@ -453,7 +490,7 @@ def load_model(name, revision="main", device="cpu", dtype=torch.float32):
             output_loading_info=True,
         )
         if base != name:
-            model = PeftModel.from_pretrained(model, name).merge_and_unload()
+            model = merge_adapter(model, name, base, device)
     except torch.OutOfMemoryError:
         sys.exit(f"--model {name}: not enough memory on {device}; give another --device")
     except Exception as error:  # the hub, the folder and remote code fail in many ways
@@ -467,27 +504,69 @@ def load_model(name, revision="main", device="cpu", dtype=torch.float32):
     return model.eval()
 
 
+def merge_adapter(model, name, base, device):
+    """The model `base` with the weights of the adapter in the folder `name` merged.
+
+    Raises:
+        SystemExit: if a weight of the adapter has no place in the model, or one is missing.
+    """
+    model = get_peft_model(model, PeftConfig.from_pretrained(name))
+    loaded = set_peft_model_state_dict(model, load_peft_weights(name, device=str(device)))
+    missing = [key for key in loaded.missing_keys if "default" in key.split(".")]  # adapter's name
+    wrong = sorted(loaded.unexpected_keys) + sorted(missing)
+    if wrong:  # peft would leave them out
+        sys.exit(
+            f"--model {name}: {len(wrong)} weights of this adapter and of its base {base} do not "
+            f"match, such as {wrong[0]}; give an adapter of this base"
+        )
+    return model.merge_and_unload()
+
+
 def special_ids(name, config, tokenizer, vocabulary):
     """The `mask_id`, `eos_id` and `eot_id` of a model with `vocabulary` ids, as a dict.
 
-    They come from its configuration, its tokenizer, and `<|eot_id|>` if it has this token.
+    The mask token is the one that its configuration names, or else its tokenizer.
 
     Raises:
         SystemExit: if they are unknown, or beyond the vocabulary.
     """
     mask_id = getattr(config, "mask_token_id", None)
-    eos_id = tokenizer.eos_token_id
-    ids = {
-        "mask_id": MASK_ID if mask_id is None else mask_id,
-        "eos_id": eos_id,
-        "eot_id": tokenizer.get_vocab().get("<|eot_id|>", eos_id),
-    }
+    if mask_id is None:
+        mask_id = tokenizer.mask_token_id
+    if mask_id is None:
+        base, _ = base_of(name, None)
+        sys.exit(
+            f"--model {name}: neither its config.json nor its tokenizer names a mask token; train "
+            f"with this suite, which writes it, or add mask_token_id to the config.json of {base}"
+        )
+    eos_id, eot_id = end_ids(tokenizer)
+    ids = {"mask_id": mask_id, "eos_id": eos_id, "eot_id": eot_id}
     if eos_id is None or max(ids.values()) >= vocabulary:
         sys.exit(
             f"--model {name}: {ids} are not among its {vocabulary} ids; "
             "give a masked diffusion model"
         )
     return ids
+
+
+def end_ids(tokenizer):
+    """The tokens that end an answer: [eos_id, eot_id], the tokenizer's and the chat template's.
+
+    The template's is the first added token that follows the answer in a conversation and is not
+    white space; it is eos where there is none.
+    """
+    probe = "answer-probe"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": probe}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template is a program and can fail in any way
+        text = ""
+    _, found, rest = text.rpartition(probe)
+    rest = rest.removesuffix(pt.find_trailing_header(tokenizer))
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if found else []
+    added = tokenizer.added_tokens_decoder
+    ends = [id_ for id_ in ids if id_ in added and added[id_].content.strip()]
+    return [tokenizer.eos_token_id, ends[0] if ends else tokenizer.eos_token_id]
 
 
 def check_block_length(name, config, block_length):
@@ -533,8 +612,8 @@ def add_decoding_flags(parser):
     """Add the flags that say how the model decodes, to an ArgumentParser."""
     add = parser.add_argument
     add("--gen_length", type=int, default=256, help="longest answer, in tokens (%(default)s)")
-    block = "tokens per block, 0 = the whole answer is one block (%(default)s)"
-    add("--block_length", type=int, default=32, help=block)
+    block = f"tokens per block, 0 = the whole answer is one block (the model's, or {BLOCK_LENGTH})"
+    add("--block_length", type=int, help=block)
     add("--steps", type=int, default=128, help="denoising steps for the answer (%(default)s)")
     add("--temperature", type=float, default=0.0, help="of Gumbel noise, 0 = none (%(default)s)")
     remasking = "commit the most confident positions first, or random ones (%(default)s)"
@@ -548,19 +627,35 @@ def add_decoding_flags(parser):
 
 
 def check_flags(parser, args):
-    """End with the parser's message if the shared flags do not fit together."""
+    """End with the parser's message if the shared flags do not fit together.
+
+    A block length that is not given is not known yet: `decode_options` checks it.
+    """
     if not 0 <= args.seed < 2**31:
         parser.error(f"--seed {args.seed}: must be 0 to {2**31 - 1}")
+    options = {name: getattr(args, name) for name in OPTIONS}
+    options["block_length"] = args.block_length or args.gen_length
     try:
-        check_options(**decode_options(args))
+        check_options(**options)
     except ValueError as error:
         parser.error(str(error))
 
 
-def decode_options(args):
-    """The keyword arguments of `decode` that the flags give."""
+def decode_options(args, config):
+    """The keyword arguments of `decode` that the flags and a model's configuration give.
+
+    Raises:
+        SystemExit: if they do not fit together.
+    """
     options = {name: getattr(args, name) for name in OPTIONS}
-    options["block_length"] = args.block_length or args.gen_length
+    if args.block_length is None:
+        options["block_length"] = getattr(config, "block_causal", None) or BLOCK_LENGTH
+    elif args.block_length == 0:
+        options["block_length"] = args.gen_length
+    try:
+        check_options(**options)
+    except ValueError as error:
+        sys.exit(f"{error}; give --block_length, or other --gen_length and --steps")
     return options
 
 

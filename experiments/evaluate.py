@@ -36,7 +36,7 @@ from lm_eval.tasks import TaskManager
 from suite import digest, file_digest, write_json, write_text
 from tasks import grade
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import set_verbosity_error
 
 import pt
@@ -60,10 +60,12 @@ class BlockDecoder(LM):
     on the number of ranks, and only the process that comes last returns from it.
     """
 
-    def __init__(self, args, task):
+    def __init__(self, args, task, in_use, grading):
         super().__init__()
         self.args = args
         self.task = task
+        self.in_use = in_use  # a file that all processes of the evaluation lock, shared
+        self.grading = grading  # a file that the one which grades locks
         self.tokenizer = pt.load_tokenizer(*decode.base_of(args.model, args.model_revision))
         self.description = None  # of the evaluation, see `describe`
         self.records = []  # of the answers, see `answer`
@@ -101,18 +103,16 @@ class BlockDecoder(LM):
             config, vocabulary = load_config(args.model, args.model_revision)
             special = decode.special_ids(args.model, config, self.tokenizer, vocabulary)
             decode.check_prompts(args.model, prompts, args.gen_length, special["mask_id"], config)
-            options = decode.decode_options(args) | special
+            options = decode.decode_options(args, config) | special
             self.description = describe(args, options, config, self.task, requests, prompts)
-            claim(args.output, self.description)
+            claim(args.output, self.description, alone=lock_alone(self.in_use))
+            fcntl.flock(self.in_use, fcntl.LOCK_SH)
         if (args.output / "summary.json").exists():
             raise Ended
         decode.check_block_length(args.model, config, options["block_length"])
         self.records = self.generate(options, prompts)
-        self.grading = (args.output / "grading").open("a")  # locked until this process ends
-        try:
-            fcntl.flock(self.grading, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Ended from None
+        if not lock_alone(self.grading):
+            raise Ended
         texts = [record["text"] for record in self.records]
         return [cut(text, request.args[1]) for text, request in zip(texts, requests, strict=True)]
 
@@ -176,8 +176,9 @@ def answer(batch, args, options, model, tokenizer, prompts):
 
     records = []
     for row, number in enumerate(batch):
-        tokens = decode.answer_length(answers[row], options["eos_id"], options["eot_id"])
-        text = tokenizer.decode(answers[row, :tokens], skip_special_tokens=True)
+        ends = options["eos_id"], options["eot_id"]
+        tokens = decode.answer_length(answers[row], *ends)
+        text = decode.answer_text(tokenizer, answers[row], *ends)
         costs = {"tokens": tokens, "forwards": forwards[row], "seconds": seconds}
         records.append({"index": number, "text": text, **costs})
     return records
@@ -234,21 +235,23 @@ def evaluate(args):
     (args.output / "answers").mkdir(parents=True, exist_ok=True)
     if task.task_name.startswith("metamath"):
         grade.check()
-    model = BlockDecoder(args, task)
-    results = run_harness(
-        model,
-        {"tasks": {task.task_name: task}},
-        limit=args.limit,
-        bootstrap_iters=0,
-        apply_chat_template=not args.no_chat_template,
-        fewshot_as_multiturn=True,
-        confirm_run_unsafe_code=args.confirm_run_unsafe_code,
-    )
-    samples = results["samples"][task.task_name]
-    lines = [json.dumps(sample, default=str) + "\n" for sample in samples]
-    write_text(args.output / "samples.jsonl", "".join(lines))
-    summary = summarize(task, results, model.records) | model.description
-    write_json(args.output / "summary.json", summary)
+    folder = args.output
+    with open(folder / "in_use", "a+") as in_use, open(folder / "grading", "a+") as grading:
+        model = BlockDecoder(args, task, in_use, grading)
+        results = run_harness(
+            model,
+            {"tasks": {task.task_name: task}},
+            limit=args.limit,
+            bootstrap_iters=0,
+            apply_chat_template=not args.no_chat_template,
+            fewshot_as_multiturn=True,
+            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+        )
+        samples = results["samples"][task.task_name]
+        lines = [json.dumps(sample, default=str) + "\n" for sample in samples]
+        write_text(folder / "samples.jsonl", "".join(lines))
+        summary = summarize(task, results, model.records) | model.description
+        write_json(folder / "summary.json", summary)
 
 
 def load_task(dataset=None, task=None, num_fewshot=None):
@@ -369,8 +372,8 @@ def load_config(name, revision):
         SystemExit: if they cannot be loaded.
     """
     name, revision = decode.base_of(name, revision)
+    config = decode.read_config(name, revision)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
         code = {"code_revision": revision} if hasattr(config, "auto_map") else {}
         with init_empty_weights():
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=True, **code)
@@ -405,14 +408,42 @@ def check_padding(args, model, prompts):
         )
 
 
-def model_identity(name, config):
-    """A text that differs between models: a hash of the folder's contents, or the hub's commit."""
+def model_identity(name, config, hashes=None):
+    """A text that differs between models: a hash of the folder's contents, or the hub's commit.
+
+    `hashes` is a file that keeps the hash, see `folder_digest`.
+    """
     if not os.path.isdir(name):
         return f"{name}@{config._commit_hash}"
-    paths = sorted(path for path in Path(name).iterdir() if path.suffix in MODEL_FILES)
-    identity = digest(*(f"{path.name} {file_digest(path)}" for path in paths))
+    identity = folder_digest(name, hashes)
     base, _ = decode.base_of(name, None)
-    return identity if base == name else digest(identity, model_identity(base, config))
+    return identity if base == name else digest(identity, model_identity(base, config, hashes))
+
+
+def folder_digest(folder, hashes=None):
+    """A hash of the contents of a model's folder.
+
+    The file `hashes` keeps it, with a hash of the files' paths, sizes and times. Where these are
+    the same, a later process does not read the contents again.
+    """
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix in MODEL_FILES)
+    stats = [(path, path.stat()) for path in paths]
+    files = [f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
+    known = {} if hashes is None else read_hashes(hashes)
+    key = digest(*files)
+    if key not in known:
+        known[key] = digest(*(f"{path.name} {file_digest(path)}" for path in paths))
+        if hashes is not None:
+            write_json(hashes, known)
+    return known[key]
+
+
+def read_hashes(path):
+    """The hashes that `folder_digest` keeps in a file; none if it is missing or damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, TypeError, ValueError):
+        return {}
 
 
 # ------- the evaluation in its folder
@@ -438,14 +469,25 @@ def describe(args, options, config, task, requests, prompts):
         "grading_sha256": digest(json.dumps(grading, default=lambda x: getattr(x, "__name__", ""))),
         "count": len(requests),
         "problems_sha256": digest(*problems),
-        "model": model_identity(args.model, config),
+        "model": model_identity(args.model, config, args.output / "hashes.json"),
     }
     versions = {library: version(library) for library in LIBRARIES}
     return {"settings": settings, "versions": versions}
 
 
-def claim(folder, description):
-    """Begin the evaluation in `folder`, or resume it. One without any answer is begun anew.
+def lock_alone(file):
+    """Whether this process alone has a lock on `file`, which it then holds."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def claim(folder, description, alone):
+    """Begin the evaluation in `folder`, resume it, or join the processes that run it.
+
+    One without any answer is begun anew, if `alone`: no other process runs it.
 
     Raises:
         SystemExit: if the folder has another evaluation, or something else.
@@ -459,7 +501,7 @@ def claim(folder, description):
         before = before["settings"] | before["versions"]
     except (ValueError, KeyError, TypeError):
         sys.exit(f"{path} is damaged, or not of an evaluation; give another folder")
-    if not begun:
+    if alone and not begun:
         write_json(path, description)
         return
     now = description["settings"] | description["versions"]
@@ -468,8 +510,9 @@ def claim(folder, description):
         if before.get(name) != now.get(name):
             changes.append(f"{name} was {before.get(name)!r}, now {now.get(name)!r}")
     if changes:
+        state = "has an" if alone else "is in use by another"
         sys.exit(
-            f"--output {folder} has an evaluation with other settings: {'; '.join(changes)}; "
+            f"--output {folder} {state} evaluation with other settings: {'; '.join(changes)}; "
             "give the same settings, or another folder"
         )
 

@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import os
 import re
+import shutil
 from types import SimpleNamespace
 
 import decode
@@ -18,8 +20,13 @@ from helpers import (
     decode_one,
     prompts_of,
     small_llada,
+    small_qwen,
     without_mask,
 )
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from toy_task import chains
+from transformers import AddedToken
 
 import pt
 
@@ -181,6 +188,161 @@ def test_equal_confidences_are_committed_from_left_to_right():
         assert picked[0].nonzero()[:, 0].tolist() == list(range(num))
 
 
+TURNS = "{% for m in messages %}" + "{{ m['role'] }}: {{ m['content'] }}"
+ASKS = "{% if add_generation_prompt %}assistant: {% endif %}"
+BOTH = "<|endoftext|>", "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    "template, names",
+    [
+        (chains.CHAT_TEMPLATE, ("<|endoftext|>", "<|eot_id|>")),
+        (chains.CHAT_TEMPLATE.replace("eot_id", "role_end"), ("<|endoftext|>", "<|role_end|>")),
+        (TURNS + "<end>\n{% endfor %}" + ASKS, ("<|endoftext|>", "<end>")),
+        (TURNS + " \n\n<|role_end|><end>{% endfor %}" + ASKS, ("<|endoftext|>", "<|role_end|>")),
+        (TURNS + "{{ eos_token }}{% endfor %}" + ASKS, BOTH),
+        (TURNS + "\n\n{% endfor %}" + ASKS, BOTH),  # no end token
+        (chains.CHAT_TEMPLATE.replace("<|eot_id|>", ""), BOTH),  # a header is no end
+        ("<end>{% for m in messages %}{{ m['content'][0]['text'] }}<end>{% endfor %}", BOTH),
+        ("{{ raise_exception('no') }}", BOTH),
+    ],
+)
+def test_the_end_of_a_turn_is_the_templates(template, names):
+    """What follows the answer in a conversation, whatever its name."""
+    tokenizer = chains.build_tokenizer(wide=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|role_end|>"]})
+    tokenizer.add_tokens([AddedToken("<end>", special=False), AddedToken("\n\n", special=False)])
+    tokenizer.chat_template = template
+    assert tuple(tokenizer.convert_ids_to_tokens(decode.end_ids(tokenizer))) == names
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_text_of_an_answer_has_no_end_token(special):
+    tokenizer = chains.build_tokenizer(wide=False)
+    tokenizer.add_tokens([AddedToken("<end>", special=special)])
+    ids = tokenizer(" The answer is 5<end> The<end>", add_special_tokens=False)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    text = decode.answer_text(tokenizer, torch.tensor(ids), tokenizer.eos_token_id, end)
+    assert text == " The answer is 5"
+
+
+# -------------------------------------------------------------------------------- the mask token
+
+
+def test_the_mask_token_is_named_by_the_configuration_or_the_tokenizer():
+    tokenizer = chains.build_tokenizer(wide=False)
+    config = small_llada(mask_token_id=11).config
+    assert decode.special_ids("m", config, tokenizer, 400)["mask_id"] == 11
+    tokenizer.mask_token = "<|mdm_mask|>"
+    assert decode.special_ids("m", config, tokenizer, 400)["mask_id"] == 11
+    config.mask_token_id = None
+    expected = tokenizer.convert_tokens_to_ids("<|mdm_mask|>")
+    assert decode.special_ids("m", config, tokenizer, 400)["mask_id"] == expected
+
+
+@pytest.mark.parametrize(
+    "build, changes", [(small_llada, {"mask_token_id": None}), (small_qwen, {})]
+)
+def test_without_a_mask_token_nothing_is_decoded(build, changes):
+    """Neither with LLaDA's, even in a vocabulary of its size, nor an autoregressive model."""
+    config = build(**changes).config
+    tokenizer = chains.build_tokenizer(wide=False)
+    with pytest.raises(SystemExit, match=r"--model m: neither its config\.json nor its tokenizer"):
+        decode.special_ids("m", config, tokenizer, 126464)
+
+
+# ------------------------------------------------------------------------------------- adapters
+
+
+@pytest.fixture(scope="module")
+def adapter(toy_folder, tmp_path_factory):
+    """The folder of an adapter of the toy, with random weights."""
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    model = decode.load_model(str(toy_folder / "model"))
+    lora = LoraConfig(r=2, target_modules=["q_proj", "ff_out"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def rename_weights(adapter, copy, rename):
+    """A copy of an adapter with other names of its weights; None leaves one out."""
+    shutil.copytree(adapter, copy)
+    path = copy / "adapter_model.safetensors"
+    weights = {rename(name): tensor for name, tensor in load_file(path).items()}
+    weights.pop(None, None)
+    save_file(weights, path)
+    return str(copy)
+
+
+def test_an_adapter_is_merged(toy_folder, adapter):
+    """W + B A / r * alpha, to every layer that it names and to no other."""
+    base = decode.load_model(str(toy_folder / "model")).state_dict()
+    merged = decode.load_model(str(adapter)).state_dict()
+    lora = load_file(adapter / "adapter_model.safetensors")
+    assert merged.keys() == base.keys()
+    changed = set()
+    for name, weight in base.items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{prefix}.lora_A.weight" in lora:
+            a, b = (lora[f"{prefix}.lora_{x}.weight"] for x in "AB")
+            weight = weight + 8 / 2 * b @ a
+            changed.add(name)
+        torch.testing.assert_close(merged[name], weight)
+    assert 2 * len(changed) == len(lora) > 4
+
+
+def first_layer(name):
+    return ".blocks.0.q_proj." in name
+
+
+@pytest.mark.parametrize(
+    "rename, count",
+    [
+        (lambda name: name.replace("base_model.model.", "base_model.model.model."), None),
+        (lambda name: name.replace("q_proj", "query") if first_layer(name) else name, 4),
+        (lambda name: None if first_layer(name) else name, 2),  # weights are missing
+        (lambda name: None, None),
+    ],
+)
+def test_an_adapter_that_does_not_match_its_base_is_refused(
+    toy_folder, adapter, tmp_path, rename, count
+):
+    """In all of its weights, or in some."""
+    copy = rename_weights(adapter, tmp_path / "copy", rename)
+    with pytest.raises(SystemExit) as ended:
+        decode.load_model(copy)
+    message = str(ended.value.code)
+    assert f"--model {copy}: {count or ''}" in message
+    assert f"of its base {toy_folder / 'model'} do not match, such as base_model." in message
+
+
+@pytest.mark.parametrize("base", ["{folder}/gone", "runs/toy/model", "toy/model", "", None])
+def test_an_adapter_without_its_base_is_refused(adapter, tmp_path, base):
+    """Both are named: the base is gone, or relative to another folder, or not named."""
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = base and base.format(folder=tmp_path)
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    for load in (
+        lambda: run_command("--model", copy, "--prompt", "x"),
+        lambda: decode.load_model(str(copy)),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            load()
+        message = str(ended.value.code)
+        assert f"--model {copy} is an adapter of {config['base_model_name_or_path']}, " in message
+        assert os.getcwd() in message and "adapter_config.json" in message
+
+
+def test_a_relative_base_is_found_from_its_folder(toy_folder, adapter, tmp_path, monkeypatch):
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "model"
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(toy_folder)
+    assert decode.base_of(str(copy), "x")[0] == "model"
+
+
 # ------------------------------------------------------------------------------ batches, sampling
 
 
@@ -325,7 +487,7 @@ def test_only_masked_positions_go_through_the_head():
     ],
 )
 def test_bad_options(wrong, message):
-    options = {"gen_length": 16, "block_length": 8, "steps": 8, **wrong}
+    options = {"gen_length": 16, "block_length": 8, "steps": 8, **IDS, **wrong}
     with pytest.raises(ValueError, match=re.escape(message)):
         decode.decode(None, [torch.tensor([1])], **options)
 
@@ -370,7 +532,10 @@ def test_the_command(toy_folder, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--prompt", "x", "--steps", "100"], "steps 100 is not divisible by the 8 blocks"),
+        (
+            ["--prompt", "x", "--block_length", "32", "--steps", "100"],
+            "steps 100 is not divisible by the 8 blocks",
+        ),
         (["--prompt", "x", "--seed", "-1"], "--seed -1: must be 0 to 2147483647"),
         (["--prompt", "x", "--threshold", "2"], "threshold 2.0 must be between 0 and 1"),
         (["--prompt", "x", "--device", "moon"], "--device moon cannot be used"),
@@ -383,6 +548,53 @@ def test_mistakes_end_in_one_message(words, message, capsys):
         run_command("--model", "none", *words)
     assert message in f"{ended.value.code} {capsys.readouterr().err}"
     assert ended.value.code
+
+
+@pytest.mark.parametrize(
+    "given, learnt, expected",
+    [
+        ([], None, 32),
+        ([], 4, 4),
+        ([], 16, 16),
+        (["--block_length", "8"], 4, 8),
+        (["--block_length", "0"], 4, 256),
+        (["--gen_length", "20", "--steps", "10"], 4, 4),
+    ],
+)
+def test_the_block_length_is_the_models_unless_given(given, learnt, expected):
+    """Of a model that attends block by block; otherwise it is 32."""
+    args = decode.parse_args(["--model", "m", "--prompt", "x", *given])
+    config = SimpleNamespace(block_causal=learnt) if learnt else SimpleNamespace()
+    assert decode.decode_options(args, config)["block_length"] == expected
+
+
+def test_flags_that_do_not_fit_the_models_blocks_are_refused():
+    args = decode.parse_args(["--model", "m", "--prompt", "x", "--steps", "96"])
+    message = "steps 96 is not divisible by the 64 blocks of 4 tokens; give --block_length"
+    with pytest.raises(SystemExit, match=message):
+        decode.decode_options(args, SimpleNamespace(block_causal=4))
+
+
+@pytest.mark.parametrize(
+    "environment, number",
+    [
+        ({}, 0),
+        ({"RANK": "5", "LOCAL_RANK": "1"}, 1),
+        ({"RANK": "5"}, 1),  # of 4 GPUs
+        ({"RANK": "2"}, 2),
+    ],
+)
+def test_each_rank_has_its_gpu(environment, number, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert decode.local_rank() == number
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    args = SimpleNamespace(device="cuda", dtype=None)
+    decode.set_device(args)
+    assert (args.device, args.dtype) == (f"cuda:{number}", "bfloat16")
 
 
 def test_a_prompt_that_spells_the_mask_is_refused(toy_folder):

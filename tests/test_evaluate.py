@@ -153,6 +153,32 @@ def test_accuracy_counts_correct_answers(model, problems, tmp_path, monkeypatch)
     assert (summary["exact_match"], summary["accuracy"]) == (5 / 14, 10 / 14)
 
 
+def test_an_answer_ends_where_the_chat_template_ends_it(model, problems, tmp_path, monkeypatch):
+    """Of a model whose turns end with another token than LLaDA's: what follows is not kept."""
+    renamed = tmp_path / "model"
+    renamed.mkdir()
+    for path in model.iterdir():
+        if path.suffix in (".json", ".jinja"):
+            text = path.read_text().replace("<|eot_id|>", "<|role_end|>")
+            (renamed / path.name).write_text(text)
+        else:
+            (renamed / path.name).symlink_to(path)
+    tokenizer = pt.load_tokenizer(str(renamed))
+    text = "The answer is: 5<|role_end|> The answer is: 6<|endoftext|> The"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    end = ids.index(tokenizer.get_vocab()["<|role_end|>"])
+
+    def decode_as_planned(model, prompts, *, gen_length, eos_id, eot_id, **_):
+        assert (eos_id, eot_id) == (tokenizer.eos_token_id, ids[end])
+        return torch.tensor([(ids * gen_length)[:gen_length]] * len(prompts))
+
+    monkeypatch.setattr(decode, "decode", decode_as_planned)
+    size = {"gen_length": 64, "block_length": 64, "limit": 2}
+    run(words(renamed, problems, tmp_path / "out", **size))
+    for record in answers(tmp_path / "out"):
+        assert (record["text"], record["tokens"]) == ("The answer is: 5", end + 1)
+
+
 @pytest.mark.parametrize("metrics", [["exact_match", "math_verify"], ["acc", "exact_match"]])
 def test_accuracy_is_math_verify_or_the_first_metric(metrics):
     """Of the last filter, for every number of right answers."""
@@ -241,6 +267,71 @@ def test_processes_share_the_batches_and_the_last_one_grades(
     assert timeless(summary) == timeless(whole[1])
 
 
+def while_it_generates(action, monkeypatch):
+    """Do `action` once, when an evaluation decodes its first batch."""
+    decode_batch = decode.decode
+
+    def act_and_decode(*prompts, **options):
+        monkeypatch.setattr(decode, "decode", decode_batch)
+        action()
+        return decode_batch(*prompts, **options)
+
+    monkeypatch.setattr(decode, "decode", act_and_decode)
+
+
+def test_a_folder_in_use_is_not_begun_anew(model, problems, whole, tmp_path, monkeypatch):
+    """By an evaluation with other settings, before the first answer is there; it is later."""
+    refused = []
+
+    def begin_another():
+        with pytest.raises(SystemExit) as ended:
+            run(words(model, problems, tmp_path, steps=12))
+        refused.append(str(ended.value.code))
+
+    while_it_generates(begin_another, monkeypatch)
+    summary = run(words(model, problems, tmp_path))
+    assert len(refused) == 1 and "steps was 6, now 12" in refused[0]
+    assert f"--output {tmp_path} is in use by another evaluation with other settings" in refused[0]
+    assert answers(tmp_path) == answers(whole[0])
+    assert timeless(summary) == timeless(whole[1])
+    for path in (tmp_path / "answers").iterdir():
+        path.unlink()
+    (tmp_path / "summary.json").unlink()
+    assert run(words(model, problems, tmp_path, steps=12))["settings"]["steps"] == 12
+
+
+def test_the_same_evaluation_is_joined(model, problems, whole, tmp_path, monkeypatch):
+    """The second process, started while the first one generates, generates all that is missing."""
+    joined = []
+    arguments = words(model, problems, tmp_path)
+    while_it_generates(lambda: joined.append(run(arguments)), monkeypatch)
+    assert timeless(run(arguments)) == timeless(whole[1])
+    assert timeless(joined[0]) == timeless(whole[1])
+    assert answers(tmp_path) == answers(whole[0])
+
+
+@pytest.mark.slow
+def test_two_evaluations_started_together(model, problems, whole, tmp_path):
+    """With other settings, one is refused and the other is whole."""
+    runs = []
+    for steps in (6, 12):
+        command = [
+            sys.executable,
+            evaluate.__file__,
+            *words(model, problems, tmp_path, steps=steps),
+        ]
+        env = suite.user_environment()
+        runs.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    messages = {run.communicate()[1]: run.returncode for run in runs}
+    assert sorted(messages.values()) == [0, 1]
+    (refused,) = (message for message, status in messages.items() if status)
+    assert f"--output {tmp_path} is in use by another" in refused or "has an evaluation" in refused
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["count"] == len(answers(tmp_path)) == COUNT
+    if summary["settings"]["steps"] == 6:
+        assert answers(tmp_path) == answers(whole[0])
+
+
 @pytest.mark.slow
 def test_two_ranks_killed_and_started_again_give_the_same(model, problems, whole, tmp_path):
     """Under the launcher; all processes are killed when the first answers are there."""
@@ -322,6 +413,71 @@ def test_another_model_is_refused(model, problems, whole, tmp_path):
     other.save_pretrained(copy)
     with pytest.raises(SystemExit, match="model was '"):
         run(arguments)
+
+
+def test_a_model_is_read_once(model, problems, whole, tmp_path, monkeypatch):
+    """By all processes of an evaluation, and again if a file has another size or time."""
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    config = SimpleNamespace()
+    read = []
+
+    def count(path):
+        read.append(path.name)
+        return suite.file_digest(path)
+
+    monkeypatch.setattr(evaluate, "file_digest", count)
+    identity = evaluate.model_identity(str(copy), config)
+    files = sorted(read)
+    assert "model.safetensors" in files and "config.json" in files
+    assert identity == whole[1]["settings"]["model"]
+
+    hashes = tmp_path / "hashes.json"
+    for _ in range(3):
+        assert evaluate.model_identity(str(copy), config, hashes) == identity
+    assert sorted(read) == sorted(files * 2)
+    os.utime(copy / "config.json", (1, 1))
+    assert evaluate.model_identity(str(copy), config, hashes) == identity
+    assert len(read) == 3 * len(files)
+    (copy / "config.json").write_text("{}")
+    os.utime(copy / "config.json", (1, 1))
+    assert evaluate.model_identity(str(copy), config, hashes) != identity
+    hashes.write_text("[1")
+    assert evaluate.model_identity(str(copy), config, hashes) != identity
+
+    read.clear()
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        run(words(model, problems, tmp_path / "out"))
+    assert sorted(read) == files
+
+
+def test_an_adapter_is_another_model_than_its_base(model, tmp_path):
+    """And other weights are another adapter."""
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(model)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    identities = set()
+    hashes = tmp_path / "hashes"
+    for size in (1, 2):
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"x" * size)
+        identities.add(evaluate.model_identity(str(tmp_path), None, hashes))
+        identities.add(evaluate.model_identity(str(model), None, hashes))
+    assert len(identities) == 3
+
+
+def test_a_model_without_a_mask_token_is_refused(model, problems, tmp_path, monkeypatch):
+    load_config = evaluate.load_config
+
+    def load_without_mask(*how):
+        config, vocabulary = load_config(*how)
+        config.mask_token_id = None
+        return config, vocabulary
+
+    monkeypatch.setattr(evaluate, "load_config", load_without_mask)
+    with pytest.raises(SystemExit, match=r"names a mask token; .* add mask_token_id to the config"):
+        run(words(model, problems, tmp_path / "out"))
+    assert not list((tmp_path / "out" / "answers").iterdir())
 
 
 def test_other_problems_are_refused(model, problems, whole, tmp_path):
@@ -622,80 +778,6 @@ def test_a_model_that_ignores_the_mask_is_refused(model, problems, tmp_path, mon
         run(words(model, problems, tmp_path / "out"))
     one_by_one = words(model, problems, tmp_path / "out", batch_size=1, limit=2)
     assert run(one_by_one)["count"] == 2
-
-
-# ---------------------------------------------------------------------------------------- grading
-
-
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        ("2 + 3 = 5\n#### 5\nThe answer is: 5", "5"),
-        ("The answer is 1. No: the answer is: \\frac{1}{2}.", "\\frac{1}{2}"),
-        ("so\n#### 1,234", "1,234"),
-        ("thus \\boxed{x^{2}+\\frac{1}{2}} and done", "x^{2}+\\frac{1}{2}"),
-        ("The answer is:\n7", None),
-        ("\\boxed{1", None),
-        ("it is 5", None),
-        ("The answer is: $\\boxed{5}$.", "5"),
-        ("We look for what the answer is in units of x.\n\\boxed{3}", "3"),
-        ("The answer is: 5. So 7 are left", "5"),
-        ("The answer is: 2.50", "2.50"),
-        ("", None),
-    ],
-)
-def test_final_answer(text, answer):
-    assert grade.final_answer(text) == answer
-
-
-VERDICTS = [  # text, gold, equal, exact match
-    ("The answer is: 18.", "18", True, True),
-    ("The answer is: $18", "18", True, True),
-    ("The answer is: 1,800", "1800", True, True),
-    ("The answer is: 0.5", "\\frac{1}{2}", True, False),
-    ("The answer is: x + 1", "1+x", True, False),
-    ("so \\boxed{\\frac{4}{8}}", "1/2", True, False),
-    ("It is 7", "7", True, False),
-    ("The answer is: 17", "18", False, False),
-    ("The answer is: -18", "18", False, False),
-    ("", "18", False, False),
-    ("The answer is: }{", "18", False, False),
-]
-
-
-def test_verdicts():
-    pairs = [(text, gold) for text, gold, _, _ in VERDICTS]
-    assert [grade.equal_in_time(*pair) for pair in pairs] == [equal for *_, equal, _ in VERDICTS]
-    assert [grade.exact_match(*pair) for pair in pairs] == [exact for *_, exact in VERDICTS]
-
-
-STUBBORN = """
-from tasks import grade
-
-def equal(text, gold):
-    if text == "hang":
-        return bool(10**10**10)
-    if text == "memory":
-        return bool(bytearray(1 << 36))
-    return text == gold
-
-grade.SECONDS = 2
-grade.equal = equal
-grade.main(None)
-"""
-
-
-def test_a_comparison_that_hangs_or_fills_the_memory_is_ended(monkeypatch, tmp_path):
-    """From outside, in the middle of a computation in C; the other comparisons are made."""
-    script = tmp_path / "stubborn.py"
-    script.write_text(STUBBORN)
-    monkeypatch.setattr(grade, "__file__", str(script))
-    monkeypatch.setenv("PYTHONPATH", str(Path(suite.__file__).parent))
-    pairs = [("7", "7"), ("hang", "7"), ("7", "7"), ("memory", "7"), ("8", "7")]
-    grade.start_process.cache_clear()
-    verdicts = [grade.equal_in_time(*pair) for pair in pairs]
-    grade.start_process.cache_clear()
-    assert verdicts == [True, None, True, False, False]
 
 
 # ------------------------------------------------------------------------------------------ files

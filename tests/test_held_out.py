@@ -146,6 +146,13 @@ def test_models_that_attend_otherwise_are_refused(toy_folder, tmp_path, monkeypa
         run(tmp_path / "x", toy_folder, toy_folder / "model")
 
 
+def test_models_without_a_mask_token_are_refused(toy_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_config", lambda *_: (SimpleNamespace(), 126464))
+    with pytest.raises(SystemExit, match="names a mask token; train with this suite"):
+        run(tmp_path / "x", toy_folder, toy_folder / "model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_fails_leaves_the_figures_of_those_before(toy_folder, tmp_path, monkeypatch):
     load_model = decode.load_model
     loaded = []

@@ -326,7 +326,7 @@ def test_what_decides_an_evaluation_is_in_its_name(base, tmp_path):
         ("--constants LR", "--constants LR: must be NAME=VALUE"),
         ("--constants BLOCKSIZE=3", "BLOCKSIZE: no constant of train_blockwise.py"),
         ("--constants PREFIX_MASK_RATE=0.5", "PREFIX_MASK_RATE: no constant of train_fullseq.py"),
-        ("opdlm --constants COMPILE=True", "COMPILE: no constant of train_opdlm.py"),
+        ("opdlm --constants MASK_PADDING=True", "MASK_PADDING: no constant of train_opdlm.py"),
         ("--constants LR=fast", "LR = 'fast': must be int or float"),
         ("--constants MICRO_BSIZE=0", "MICRO_BSIZE = 0: must be int, 1 to"),
     ],
