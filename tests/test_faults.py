@@ -87,6 +87,17 @@ def test_a_run_that_has_saved_nothing_may_be_changed(args, claimed):
     assert claimed() == "-v2"  # it was finished
 
 
+def test_a_changed_method_does_not_resume(claimed):
+    """A new `corrupt` under the same constants supervises other tokens."""
+    claimed()
+    Path("run_logs/state/latest.json").write_text('"step0001"')
+    record = json.loads(Path("run_logs/run_config.json").read_text())
+    record["budget"]["supervised_tokens"] += 1
+    Path("run_logs/run_config.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="supervised_tokens were others"):
+        claimed()
+
+
 def test_a_base_that_has_changed_is_noticed(args, claimed, tmp_path):
     shutil.copytree(args.MODEL_NAME, tmp_path / "base")
     args.MODEL_NAME = str(tmp_path / "base")

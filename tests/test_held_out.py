@@ -113,6 +113,18 @@ def test_batches_do_not_change_it(toy_folder, measured, tmp_path):
         assert float(line["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
 
 
+def test_a_changed_method_is_measured_as_the_original_is(
+    toy_folder, measured, tmp_path, monkeypatch
+):
+    """Whoever edits a trainer's method compares with what was measured before."""
+    for name in ("corrupt", "supervised_loss"):
+        monkeypatch.delattr(held_out.train_blockwise, name)
+    run(tmp_path / "changed", toy_folder, toy_folder / "model")
+    with open(tmp_path / "changed.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert lines == measured[0][: len(lines)]
+
+
 def test_mean_loss():
     lines = [{"draws": "3", "loss": "1.0"}, {"draws": 1, "loss": 3.0}]
     assert held_out.mean_loss(lines) == 1.5
