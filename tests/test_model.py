@@ -230,13 +230,13 @@ def test_activation_checkpointing_changes_memory_alone(trainer, args):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU, torch.compile needs g++")
 def test_compiled_is_the_same_to_rounding(toy_folder, monkeypatch):
     compiled = []
-    compile_module = torch.nn.Module.compile
+    compile_function = torch.compile
 
-    def note(module, *how, **options):
-        compiled.append(module)
-        compile_module(module, *how, **options)
+    def note(function):
+        compiled.append(function)
+        return compile_function(function)
 
-    monkeypatch.setattr(torch.nn.Module, "compile", note)
+    monkeypatch.setattr(torch, "compile", note)
     args = constants(train_blockwise, toy_folder, LORA_DROPOUT=0.0)
     loss, gradients, kept = loss_and_gradients(train_blockwise, args)
     assert not compiled  # COMPILE is False
@@ -343,3 +343,24 @@ def test_sums_of_gradients_are_float32(trainer, args):
     assert "data_types" not in trainer.ds_config(args, 3)
     args.GRAD_ACC = 2
     assert trainer.ds_config(args, 3)["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU, torch.compile needs g++")
+def test_checkpointed_layers_are_compiled_too(args):
+    """In the other order nothing was compiled: what calls `checkpoint` breaks the graph."""
+    ids = torch.arange(20)[None]
+    found = []
+    for args.COMPILE in (False, True):
+        args.ACTIVATION_CHECKPOINTING = args.COMPILE
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = train_blockwise.prepare_layers(args, small_llada().train())
+        logits = model(input_ids=ids).logits
+        logits.square().mean().backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert (graphs > 0) == args.COMPILE
+        found.append([logits.detach(), *gradients])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-3, atol=1e-5)
