@@ -586,7 +586,10 @@ def merged_weights(base):
     weights = {}
     for name, weight in base.state_dict().items():
         if ".lora_" not in name:
-            weights[name.replace(".base_layer.", ".")] = weight.bfloat16()
+            weight = weight.bfloat16()
+            if weight.untyped_storage().nbytes() > weight.nbytes:  # DeepSpeed's, of all trained
+                weight = weight.clone()
+            weights[name.replace(".base_layer.", ".")] = weight
     for name, layer in base.named_modules():
         if hasattr(layer, "lora_A"):
             w = layer.base_layer.weight.float()
