@@ -93,11 +93,8 @@ SAVE_ADAPTER = False  # True: also write the adapter, for peft, into the checkpo
 STATE_EVERY = 50  # steps between states to resume from; None: no states
 
 CONSTANTS = {name: value for name, value in globals().items() if name.isupper()}
-ABLATION = [
-    "PREFIX_MASK_RATE",
-    "SUFFIX_MASK_PROB",
-    "BLOCK_SIZE",
-]  # also written to ablation_config.json
+# Also written to ablation_config.json
+ABLATION = ["PREFIX_MASK_RATE", "SUFFIX_MASK_PROB", "BLOCK_SIZE"]
 
 
 # ------- method
@@ -358,8 +355,8 @@ def check_launch():
     """End with a message where the environment is not that of one launcher; see docs/cluster.md."""
     if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
         sys.exit("RANK is set, but not LOCAL_RANK; start with deepspeed or torchrun, or unset RANK")
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        tasks = os.environ["SLURM_NTASKS"]
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # srun's; not those of an allocation
+    if "RANK" not in os.environ and tasks > 1:
         sys.exit(f"each of srun's {tasks} tasks would be a run of its own; let srun start torchrun")
 
 
@@ -416,8 +413,8 @@ def faults_in_one_line(remedy="COMPILE, or halve MICRO_BSIZE and double GRAD_ACC
     try:
         yield
     except torch.OutOfMemoryError:
-        new_run = "in a new run, with another CKPT_DIR"
-        sys.exit(f"out of memory; set ACTIVATION_CHECKPOINTING, {remedy}, {new_run}")
+        new_run = "if a state was saved already, with another CKPT_DIR"
+        sys.exit(f"out of memory; set ACTIVATION_CHECKPOINTING, {remedy}; {new_run}")
     except (KeyboardInterrupt, OSError, SafetensorError) as error:
         sys.exit(f"stopped: {type(error).__name__} {error}; repeat the command to resume")
 
@@ -553,10 +550,6 @@ def save_merged(args, model, tokenizer, folder):
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     save_frame(args, base.config, tokenizer, folder)
     save_torch_state_dict(merged_weights(base), folder)
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
-        path.chmod(0o666 & ~umask)
 
 
 def save_frame(args, config, tokenizer, folder):
@@ -622,6 +615,10 @@ def save_checkpoint(args, run, path):
             save_merged(args, run.model, run.tokenizer, folder)
             if args.SAVE_ADAPTER:
                 run.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+            umask = os.umask(0)
+            os.umask(umask)
+            for weights in folder.rglob("*.safetensors"):  # safetensors lets nobody else read them
+                weights.chmod(0o666 & ~umask)
             flush(folder)
             os.rename(folder, path)
         finally:
@@ -745,7 +742,8 @@ def claim_run(args, record):
         sys.exit(f"{logs} is in use by another process; wait, or set another CKPT_DIR")
     path = logs / "run_config.json"
     latest = logs / "state" / "latest.json"
-    if not latest.exists() and not glob(f"{args.CKPT_DIR}_step*[0-9]{suffix}"):  # nothing to lose
+    saved = latest.exists() or glob(f"{args.CKPT_DIR}_step*[0-9]{suffix}")
+    if not path.exists() or not saved:  # nothing to lose
         if ABLATION:
             write_json(logs / "ablation_config.json", {name: record[name] for name in ABLATION})
         write_json(logs / "ds_zero2.json", ds_config(args, record["budget"]["steps"]))
@@ -759,8 +757,8 @@ def claim_run(args, record):
     if differ:
         changes = [f"{name} was {old.get(name)!r}, now {record.get(name)!r}" for name in differ]
         remedy = f"change this back, set another CKPT_DIR, or delete {logs} and its checkpoints"
-        saved = json.loads(latest.read_text()) if latest.exists() else "no step"
-        what = f"{logs} is an unfinished run with other settings (saved: {saved})"
+        step = json.loads(latest.read_text()) if latest.exists() else "no step"
+        what = f"{logs} is an unfinished run with other settings (saved: {step})"
         sys.exit(f"{what}: {', '.join(changes)}; {remedy}")
     return suffix
 

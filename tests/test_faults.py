@@ -128,6 +128,13 @@ def test_a_run_killed_while_it_began_begins_again(claimed):
     assert json.loads(Path("run_logs/run_config.json").read_text())["LORA_RANK"] == 4
 
 
+def test_a_run_killed_while_it_began_beside_checkpoints(claimed):
+    """Of another run with this prefix: its record is written all the same."""
+    os.makedirs("run_logs/state")
+    os.mkdir("run_step0300-v2")
+    assert claimed() == "" and Path("run_logs/run_config.json").exists()
+
+
 @pytest.mark.parametrize(
     "taken", [["run_logs"], ["run_step0300"], ["run_logs", "run_logs-v2", "run_step0300-v3"]]
 )

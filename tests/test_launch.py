@@ -35,24 +35,24 @@ def data(toy_folder, **constants):
 
 
 def run_on_two_nodes(script, constants, folder):
-    """Two torchrun agents, here both on this machine; returns their exit statuses."""
-    nodes = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1"]
-    nodes += ["--master_addr", "127.0.0.1", "--master_port", launcher(2)[-1]]
-    agents = []
+    """A torchrun on each of two nodes, here both on this machine; returns their exit statuses."""
+    torchrun = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1"]
+    torchrun += ["--master_addr", "127.0.0.1", "--master_port", launcher(2)[-1]]
+    nodes = []
     for rank in ("0", "1"):
-        agent = subprocess.Popen(
-            [*nodes, "--node_rank", rank, script, *constants],
+        node = subprocess.Popen(
+            [*torchrun, "--node_rank", rank, script, *constants],
             cwd=folder,
             env=user_environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        agents.append(agent)
+        nodes.append(node)
     try:
-        return [agent.wait(timeout=240) for agent in agents]
+        return [node.wait(timeout=240) for node in nodes]
     finally:
-        for agent in agents:
-            agent.terminate()  # if one hangs; torchrun ends its ranks
+        for node in nodes:
+            node.terminate()  # if one hangs; torchrun ends its ranks
 
 
 def snippet_of_the_pages(word):

@@ -277,13 +277,19 @@ def test_a_checkpoint_of_a_float32_run_is_bf16(trainer, args, tmp_path, monkeypa
     assert model.get_base_model().get_input_embeddings().weight.dtype == torch.float32
 
 
-def test_files_of_a_checkpoint_have_the_umask(trainer, args, tmp_path):
+def test_files_of_a_checkpoint_have_the_umask(trainer, args, tmp_path, one_rank):
+    """Those of the adapter too."""
+    args.SAVE_ADAPTER = True
+    run = SimpleNamespace(state=tmp_path / "state", model=adapted(trainer, args))
+    run.tokenizer = tokenizer_of(args.MODEL_NAME)
     before = os.umask(0o027)
     try:
-        merged_weights(trainer, args, adapted(trainer, args), tmp_path / "checkpoint")
+        trainer.save_checkpoint(args, run, tmp_path / "run")
     finally:
         os.umask(before)
-    for path in (tmp_path / "checkpoint").iterdir():
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"model.safetensors", "adapter_model.safetensors"} <= {path.name for path in files}
+    for path in files:
         assert path.stat().st_mode & 0o777 == 0o640, path
 
 

@@ -559,10 +559,11 @@ def test_a_large_model_needs_a_gpu_or_a_word(trainer, args, monkeypatch):
 
 
 def test_environments_of_no_launcher(trainer, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "SLURM_NTASKS"):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # of an allocation, in which one process is started
     trainer.check_launch()
-    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     with pytest.raises(SystemExit, match="let srun start torchrun"):
         trainer.check_launch()
     monkeypatch.setenv("RANK", "0")
