@@ -25,6 +25,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
+import decode
 import numpy as np
 import suite  # noqa: F401 (the trainers are one folder up)
 import torch
@@ -252,30 +253,30 @@ def decode_answers(args, run, teacher, draws, rollout):
     answers = {}
     run.model.eval()
     device = run.model.get_input_embeddings().weight.device
-    eos_id = run.tokenizer.eos_token_id
+    end_ids = decode.end_ids(run.tokenizer)
     batches = range(0, len(draws), args.ROLLOUT_BSIZE)
     for first in tqdm(batches, desc="rollout", leave=False, disable=dist.get_rank() != 0):
         batch = draws[first : first + args.ROLLOUT_BSIZE]
         token_noise, block_noise = draw_noise(args, batch, rollout_length(args, rollout))
         prompts = prompts_of(run.examples, batch)
         if args.ANSWERS == "student":
-            ids, steps = roll_out(args, run.model, prompts, token_noise.to(device), eos_id)
+            ids, steps = roll_out(args, run.model, prompts, token_noise.to(device), end_ids)
         elif args.ANSWERS == "teacher":
             with frozen(run.model, teacher) as model:
-                ids = sample_causally(args, model, prompts, token_noise.to(device), eos_id)
+                ids = sample_causally(args, model, prompts, token_noise.to(device), end_ids)
         else:
-            ids = answers_of_data(args, run.examples, batch, token_noise.shape[2], eos_id)
+            ids = answers_of_data(args, run.examples, batch, token_noise.shape[2], end_ids)
         if args.STATES == "random":
             steps = random_steps(args, batch, ids.shape[1])
         for draw, *row in zip(batch["id"], ids, steps, block_noise, strict=True):
-            answers[draw] = cut(args, *row, eos_id)
+            answers[draw] = cut(args, *row, end_ids)
     run.model.train()
     return answers
 
 
-def cut(args, ids, steps, noise, eos_id):
+def cut(args, ids, steps, noise, end_ids):
     """The Answer in ids and steps (N,), up to the end of the block with the end-of-turn token."""
-    ends = (ids == eos_id).nonzero()
+    ends = torch.isin(ids, torch.tensor(end_ids)).nonzero()
     last = int(ends[0]) if len(ends) else len(ids) - 1
     blocks = last // args.BLOCK_SIZE + 1
     size = blocks * args.BLOCK_SIZE
@@ -313,13 +314,13 @@ def prompts_of(examples, draws):
 
 
 # ------- controls: other answers, other states
-def answers_of_data(args, examples, draws, length, eos_id):
-    """The answers (R, N) of the data, N = `length`, cut or filled with `eos_id`."""
-    answers = torch.full((len(draws), length), eos_id)
+def answers_of_data(args, examples, draws, length, end_ids):
+    """The answers (R, N) of the data, N = `length`, cut or filled with the first of `end_ids`."""
+    answers = torch.full((len(draws), length), end_ids[0])
     for row, sample_number in zip(answers, draws["sample"], strict=True):
         prompt_len, ids = examples[sample_number]
         answer = ids[prompt_len:]
-        if len(answer) < len(row) and eos_id not in answer:
+        if len(answer) < len(row) and not torch.isin(answer, torch.tensor(end_ids)).any():
             sys.exit(f"{args.DATA_PT} has answers without an end; raise MAX_LEN")
         row[: len(answer)] = answer[: len(row)]
     return answers
@@ -355,10 +356,11 @@ def main(args, method):
 
 def log_rollout(args, run, rollout, answers):
     """Add a line on this rollout's answers, those of all ranks, to rollouts.csv."""
+    end_ids = decode.end_ids(run.tokenizer)
     sums = torch.zeros(4, device=run.engine.device, dtype=torch.float64)
     for answer in answers.values():
         taken = answer.steps.unflatten(0, (-1, args.BLOCK_SIZE)).amax(1) + 1  # per block
-        ended = run.tokenizer.eos_token_id in answer.ids
+        ended = bool(torch.isin(answer.ids, torch.tensor(end_ids)).any())
         sums += sums.new_tensor([1, answer.answer_len, len(answer.ids) / int(taken.sum()), ended])
     dist.all_reduce(sums)
     if dist.get_rank() > 0:

@@ -61,7 +61,7 @@ def model():
 
 def run_of(model):
     """A run as the rollouts and the loss use it."""
-    tokenizer = SimpleNamespace(eos_token_id=AR_EOS)
+    tokenizer = SimpleNamespace(eos_token_id=AR_EOS, added_tokens_decoder={})
     return SimpleNamespace(model=model, engine=model, tokenizer=tokenizer, examples=EXAMPLES)
 
 
@@ -270,7 +270,7 @@ def plain_rollout(args, model, prompt, noise):
 def test_rollouts_with_a_cache_are_those_without(args, model, temperature, threshold, shift):
     args.TEMPERATURE, args.THRESHOLD, args.LOGIT_SHIFT = temperature, threshold, shift
     noise, _ = train_opdlm.draw_noise(args, draws_of(range(4)), 16)
-    answers, steps = block_causal.roll_out(args, model, PROMPTS, noise, AR_EOS)
+    answers, steps = block_causal.roll_out(args, model, PROMPTS, noise, [AR_EOS])
     lengths = set()
     for row, prompt in enumerate(PROMPTS):
         tokens, when = plain_rollout(args, model, prompt, noise[row])
@@ -330,7 +330,7 @@ def cut_answers(args):
         ids = torch.ones(12, dtype=torch.long)
         if end is not None:
             ids[end:] = AR_EOS
-        answers[n] = train_opdlm.cut(args, ids, steps, noise, AR_EOS)
+        answers[n] = train_opdlm.cut(args, ids, steps, noise, [AR_EOS])
     return answers
 
 
@@ -372,8 +372,8 @@ def test_answers_do_not_depend_on_what_is_decoded_with_them(args, model, one_ran
     noise, block_noise = train_opdlm.draw_noise(args, DRAWS, 16)
     prompts = train_opdlm.prompts_of(EXAMPLES, DRAWS)
     assert [len(prompt) for prompt in prompts] == [4, 3, 2]
-    ids, steps = block_causal.roll_out(args, model.eval(), prompts, noise, AR_EOS)
-    expected = train_opdlm.cut(args, ids[0], steps[0], block_noise[0], AR_EOS)
+    ids, steps = block_causal.roll_out(args, model.eval(), prompts, noise, [AR_EOS])
+    expected = train_opdlm.cut(args, ids[0], steps[0], block_noise[0], [AR_EOS])
     assert torch.equal(expected.ids, together[0].ids)
     assert torch.equal(expected.steps, together[0].steps)
 
@@ -393,7 +393,7 @@ def test_states_are_those_that_the_rollout_met(args, model):
 
     noise, _ = train_opdlm.draw_noise(args, draws_of(range(4)), 12)
     with model.register_forward_pre_hook(note, with_kwargs=True):
-        answers, steps = block_causal.roll_out(args, model, PROMPTS, noise, AR_EOS)
+        answers, steps = block_causal.roll_out(args, model, PROMPTS, noise, [AR_EOS])
     blocks = answers.shape[1] // 4
     met = set()
     for share in np.linspace(0, 0.999, 25):
@@ -563,7 +563,7 @@ def test_decode_decodes_as_the_rollouts_do(args, model, shift):
     model.get_input_embeddings().weight.data[AR_MASK] = 0  # so that [MASK] is never predicted
     model.config.update({"block_causal": 4, "logit_shift": shift})
     noise, _ = train_opdlm.draw_noise(args, draws_of(range(4)), 16)
-    ours, _ = block_causal.roll_out(args, model, PROMPTS, noise, AR_EOS)
+    ours, _ = block_causal.roll_out(args, model, PROMPTS, noise, [AR_EOS])
     prompts = [prompt.tolist() for prompt in PROMPTS]
     options = {"gen_length": 16, "block_length": 4, "threshold": 0.3}
     ids = {"mask_id": AR_MASK, "eos_id": AR_EOS, "eot_id": AR_EOS}
@@ -615,3 +615,17 @@ def test_another_block_length_is_a_warning(capsys):
     assert capsys.readouterr().err == ""
     decode.check_block_length("m", config, 32)
     assert "has learnt blocks of 4 tokens, not --block_length 32" in capsys.readouterr().err
+
+
+def test_an_answer_ends_with_the_turn_or_with_the_text(args):
+    """The template's end of turn may be another token than the tokenizer's end of text."""
+    args.BLOCK_SIZE = 4
+    turn, text = AR_EOS - 3, AR_EOS
+    for end in (turn, text):
+        ids = torch.tensor([1, 2, 3, 4, 5, end, 6, 7, 8, 9, 10, 11])
+        answer = train_opdlm.cut(args, ids, torch.zeros_like(ids), torch.zeros(3), [text, turn])
+        assert (answer.answer_len, len(answer.ids)) == (5, 8)
+    row = (2, torch.tensor([1, 2, 3, 4, turn]))
+    draws = draws_of([0])
+    filled = train_opdlm.answers_of_data(args, [row], draws, 8, [text, turn])
+    assert filled.tolist() == [[3, 4, turn, *[text] * 5]]

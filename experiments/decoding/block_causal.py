@@ -66,13 +66,14 @@ def left_pad(prompts):
 
 # ------- the student, with a cache, which is exact as no block sees a later one
 @torch.no_grad()
-def roll_out(args, model, prompts, noise, eos_id):
+def roll_out(args, model, prompts, noise, end_ids):
     """Answers of the student to R prompts, and the steps at which their tokens were committed.
 
     noise (R, K, N), on the model's device. Returns answers and steps, (R, N) each, on the host;
     fewer columns if all answers have ended.
     """
     ids, valid = [tensor.to(noise.device) for tensor in left_pad(prompts)]
+    ends = torch.tensor(end_ids, device=noise.device)
     cache = DynamicCache()
     row = torch.arange(len(prompts), device=noise.device)
     ended = torch.zeros_like(row, dtype=torch.bool)
@@ -86,7 +87,7 @@ def roll_out(args, model, prompts, noise, eos_id):
         ids, block_steps = decode_block(args, model, cache, valid, last_logits, block_noise)
         answers.append(ids)
         steps.append(block_steps)
-        ended |= (ids == eos_id).any(1)
+        ended |= torch.isin(ids, ends).any(1)
         if ended.all():
             break
     return torch.cat(answers, dim=1).cpu(), torch.cat(steps, dim=1).cpu()
@@ -153,9 +154,10 @@ def sample(args, logits, noise):
 
 # ------- the teacher
 @torch.no_grad()
-def sample_causally(args, model, prompts, noise, eos_id):
+def sample_causally(args, model, prompts, noise, end_ids):
     """Answers (R, N) of an autoregressive model; noise (R, K, N), of which K = 0 is used."""
     ids, valid = [tensor.to(noise.device) for tensor in left_pad(prompts)]
+    ends = torch.tensor(end_ids, device=noise.device)
     cache = DynamicCache()
     row = torch.arange(len(ids), device=noise.device)
     ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=noise.device)
@@ -171,9 +173,9 @@ def sample_causally(args, model, prompts, noise, eos_id):
         last = torch.full_like(row, ids.shape[1] - 1)
         logits = logits_at(model, row, last, **inputs).float()  # (R, V)
         tokens, _ = sample(args, logits[:, None], noise[:, 0, place : place + 1])  # (R, 1)
-        ids = tokens.masked_fill(ended, eos_id)
+        ids = tokens.masked_fill(ended, end_ids[0])
         answers.append(ids)
-        ended |= ids == eos_id
+        ended |= torch.isin(ids, ends)
         if ended.all() and (place + 1) % args.BLOCK_SIZE == 0:
             break
         valid = torch.cat([valid, torch.ones_like(ended)], dim=1)
