@@ -339,10 +339,12 @@ def test_an_adapter_finds_its_base_from_any_folder(trainer, args, monkeypatch):
     assert model.peft_config["default"].base_model_name_or_path == base
 
 
-def test_a_causal_model_is_refused(trainer, args):
-    with pytest.raises(SystemExit, match="is a causal language model"):
-        trainer.check_sees_later(args, small_qwen())
+def test_a_causal_model_is_refused(trainer, args, tmp_path):
     trainer.check_sees_later(args, small_llada().bfloat16())
+    small_qwen().save_pretrained(tmp_path)
+    args.MODEL_NAME = str(tmp_path)
+    with pytest.raises(SystemExit, match="is a causal language model"):
+        trainer.build_model(args, "cpu")
 
 
 def test_sums_of_gradients_are_float32(trainer, args):

@@ -571,3 +571,16 @@ def test_environments_of_no_launcher(trainer, monkeypatch):
         trainer.check_launch()
     monkeypatch.setenv("LOCAL_RANK", "0")
     trainer.check_launch()
+
+
+def test_a_tokenizer_that_nearly_brings_its_data_back(trainer, args, tmp_path):
+    """As Llama 2's, which puts a space before each text: the data are its own all the same."""
+    folder = copy_of(args, tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Prepend", "prepend": " "}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    ids = trainer.load_examples(args)[0][1]
+    tokenizer = AutoTokenizer.from_pretrained(folder, fix_mistral_regex=False)
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert tokenizer.encode(text, add_special_tokens=False) != ids.tolist()
+    assert problems_of(trainer, args) == []
