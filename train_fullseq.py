@@ -737,8 +737,8 @@ def claim_run(args, record):
         write_json(logs / "ds_zero2.json", ds_config(args, record["budget"]["steps"]))
         write_json(path, record)
     old = json.loads(path.read_text())
-    names = [name for name in old | record if name != "budget"]
-    differ = [name for name in names if old.get(name) != record.get(name)]
+    free = {"budget", "STATE_EVERY", "SAVE_EVERY", "SAVE_ADAPTER"}  # change no weight
+    differ = [x for x in old | record if x not in free and old.get(x) != record.get(x)]
     tokens = "supervised_tokens"
     if not differ and old["budget"].get(tokens) != record["budget"].get(tokens):
         sys.exit(f"{logs} is an unfinished run whose {tokens} were others: the code has changed")

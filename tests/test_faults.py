@@ -87,6 +87,13 @@ def test_a_run_that_has_saved_nothing_may_be_changed(args, claimed):
     assert claimed() == "-v2"  # it was finished
 
 
+def test_what_is_saved_when_may_change(args, claimed):
+    claimed()
+    Path("run_logs/state/latest.json").write_text('"step0001"')
+    args.STATE_EVERY, args.SAVE_EVERY, args.SAVE_ADAPTER = 1, 2, True
+    assert claimed() == ""
+
+
 def test_a_changed_method_does_not_resume(claimed):
     """A new `corrupt` under the same constants supervises other tokens."""
     claimed()
