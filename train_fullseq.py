@@ -871,7 +871,7 @@ def check_examples(args, method, examples, world_size, model, tokenizer):
     for _, ids in examples[:32]:  # another tokenizer brings back none of them, even nearly
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         again = tokenizer.encode(text, add_special_tokens=False)
-        if SequenceMatcher(None, again, ids.tolist(), autojunk=False).ratio() > 0.9:
+        if SequenceMatcher(None, again, ids.tolist(), autojunk=False).ratio() > 0.95:
             return []
     return [f"{data} was made with another tokenizer; {remedy}"]
 

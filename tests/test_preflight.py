@@ -520,6 +520,11 @@ def test_the_disk_holds_all_that_is_saved(trainer, args, monkeypatch, tmp_path):
     args.SAVE_EVERY = 1
     (problem,) = problems_of(trainer, args)
     assert "3 checkpoints and 2 states take 0.1 GB" in problem
+    args.SAVE_EVERY, args.LORA_RANK = None, 10_000  # two states are larger than a checkpoint
+    (problem,) = problems_of(trainer, args)
+    assert "1 checkpoints and 2 states" in problem
+    args.STATE_EVERY = None
+    assert problems_of(trainer, args) == []
 
 
 @pytest.mark.parametrize("named", [126336, None])
@@ -573,12 +578,30 @@ def test_environments_of_no_launcher(trainer, monkeypatch):
     trainer.check_launch()
 
 
+def test_ids_of_another_tokenizer_are_refused_though_many_come_back(trainer, args, tmp_path):
+    """Shifted by one, nine of ten tokens come back: both tokenizers have the same special ones."""
+    rows = torch.load(args.DATA_PT, weights_only=True)
+    for row in rows:
+        ids = row["full_ids"]
+        row["full_ids"] = torch.where(ids < 126000, ids + 1, ids)
+    args.DATA_PT = str(tmp_path / "shifted.pt")
+    torch.save(rows, args.DATA_PT)
+    (problem,) = problems_of(trainer, args)
+    assert "was made with another tokenizer" in problem
+
+
 def test_a_tokenizer_that_nearly_brings_its_data_back(trainer, args, tmp_path):
     """As Llama 2's, which puts a space before each text: the data are its own all the same."""
     folder = copy_of(args, tmp_path)
     content = json.loads((folder / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Prepend", "prepend": " "}
     (folder / "tokenizer.json").write_text(json.dumps(content))
+    rows = torch.load(args.DATA_PT, weights_only=True)
+    for row in rows:  # as long as real ones
+        answer = row["full_ids"][row["prompt_len"] : -1]
+        row["full_ids"] = torch.cat([row["full_ids"][:-1], answer.repeat(4)])
+    args.DATA_PT = str(tmp_path / "long.pt")
+    torch.save(rows, args.DATA_PT)
     ids = trainer.load_examples(args)[0][1]
     tokenizer = AutoTokenizer.from_pretrained(folder, fix_mistral_regex=False)
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
