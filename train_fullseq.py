@@ -230,6 +230,7 @@ class Method(NamedTuple):
     supervised_loss: Callable  # (args, model, *tensors) -> ()
     build_model: Callable  # (args, device) -> model
     check_model: Callable  # (args, model without weights, tokenizer) -> messages
+    count_trained: Callable  # (args, model without weights) -> number of trained weights
     budget: Callable  # (args, method, examples, draws, left_out) -> {name: number}
 
 
@@ -806,6 +807,12 @@ def check_model(args, model, tokenizer):
     return problems + check_weights(args)
 
 
+def count_trained(args, model):
+    """The number of the adapter's weights."""
+    layers = [model.get_submodule(name) for name in lora_targets(args, model)]
+    return args.LORA_RANK * sum(x.in_features + x.out_features for x in layers)
+
+
 def check_weights(args):
     """Messages on files of a local model's weights that are missing, or are not downloaded."""
     folder = Path(args.MODEL_NAME)
@@ -838,8 +845,7 @@ def check_saving(args, method, examples, world_size, model, tokenizer):
         folder = folder.parent
     steps = len(plan(args, method, examples, world_size)[0])
     checkpoints = math.ceil(steps / (args.SAVE_EVERY or steps)) if steps else 1
-    layers = [model.get_submodule(name) for name in lora_targets(args, model)]
-    trained = args.LORA_RANK * sum(x.in_features + x.out_features for x in layers)
+    trained = method.count_trained(args, model)
     states = 2 if args.STATE_EVERY else 0
     needed = checkpoints * (2 * model.num_parameters() + 4 * trained * args.SAVE_ADAPTER)
     needed += states * 14 * trained  # bytes
@@ -962,7 +968,9 @@ def check_constants(args, limits):
     return problems
 
 
-METHOD = Method(schedule, make_batch, supervised_loss, build_model, check_model, budget)
+METHOD = Method(
+    schedule, make_batch, supervised_loss, build_model, check_model, count_trained, budget
+)
 
 if __name__ == "__main__":
     with faults_in_one_line():

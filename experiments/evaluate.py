@@ -200,6 +200,8 @@ def main(args):
     Returns:
         the summary, a dict; None if other processes have not finished yet.
     """
+    if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
+        sys.exit("RANK is set, but not WORLD_SIZE; start with deepspeed or torchrun, or unset RANK")
     decode.set_device(args)
     share_cores(args.device)
     set_verbosity_error()

@@ -320,10 +320,19 @@ def answers_of_data(args, examples, draws, length, end_ids):
     for row, sample_number in zip(answers, draws["sample"], strict=True):
         prompt_len, ids = examples[sample_number]
         answer = ids[prompt_len:]
-        if len(answer) < len(row) and not torch.isin(answer, torch.tensor(end_ids)).any():
-            sys.exit(f"{args.DATA_PT} has answers without an end; raise MAX_LEN")
         row[: len(answer)] = answer[: len(row)]
     return answers
+
+
+def check_answers(args, run):
+    """End if an answer of the data has no end, so that it would be filled with a wrong one."""
+    end_ids = torch.tensor(decode.end_ids(run.tokenizer))
+    for sample_number in np.unique(run.draws["sample"]):
+        prompt_len, ids = run.examples[sample_number]
+        answer = ids[prompt_len:]
+        if len(answer) < args.GEN_LENGTH and not torch.isin(answer, end_ids).any():
+            where = f"row {sample_number} of {args.DATA_PT}, cut to MAX_LEN = {args.MAX_LEN}"
+            sys.exit(f"the answer of {where} tokens, has no end of turn; raise MAX_LEN")
 
 
 def random_steps(args, draws, length):
@@ -340,6 +349,8 @@ def random_steps(args, draws, length):
 @faults_in_one_line("or lower MICRO_BSIZE, ROLLOUT_BSIZE or GEN_LENGTH")
 def main(args, method):
     run = start(args, method)  # or resume, with the next rollout
+    if args.ANSWERS == "data":
+        check_answers(args, run)
     teacher = build_teacher(args, run.model.device)
     updates = args.UPDATES_PER_ROLLOUT
     for step in progress(run, unit=" steps"):
@@ -401,6 +412,10 @@ def check_model(args, model, tokenizer):
     return problems
 
 
+def count_trained(args, model):
+    return model.num_parameters() if args.FULL_FT else train_fullseq.count_trained(args, model)
+
+
 def budget(args, method, examples, draws, left_out):
     prompts = sum(prompt_len < len(ids) for prompt_len, ids in examples)
     return {
@@ -415,7 +430,7 @@ def budget(args, method, examples, draws, left_out):
 
 
 METHOD = train_fullseq.METHOD._replace(
-    build_model=build_model, check_model=check_model, budget=budget
+    build_model=build_model, check_model=check_model, count_trained=count_trained, budget=budget
 )
 
 if __name__ == "__main__":

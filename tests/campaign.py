@@ -174,10 +174,9 @@ def survive(begin, folder, moments, rng, whole):
     return met
 
 
-def campaign(script, ranks, kills, seed, toy_folder, folder):
+def campaign(script, ranks, kills, seed, toy_folder, folder, moments=MOMENTS):
     """Kill runs of `script` on `ranks` until `kills` have hit one; a Counter of the moments."""
     rng = random.Random(f"{script} {ranks} {seed}")
-    moments = MOMENTS if ranks > 1 else MOMENTS[:-2]  # one rank alone has no launcher
 
     def begin(where):
         return start(script, ranks, toy_folder, where)
@@ -208,7 +207,11 @@ def main(args):
             toy_folder = build(Path(folder) / script)
             for ranks in args.ranks:
                 where = Path(folder) / f"{script}{ranks}"
-                campaign(script, ranks, args.kills, args.seed, toy_folder, where)
+                moments = args.moments
+                if ranks == 1:  # it has no launcher
+                    moments = [x for x in moments if x not in ("one rank", "the launcher")]
+                if moments:
+                    campaign(script, ranks, args.kills, args.seed, toy_folder, where, moments)
     print("nothing was lost, and every result is the same, bit for bit")
 
 
@@ -221,6 +224,8 @@ def parse_args(argv=None):
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="(1 2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
+    moments = "of being killed (all)"
+    parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=MOMENTS, help=moments)
     return parser.parse_args(argv)
 
 

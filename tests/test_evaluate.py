@@ -267,6 +267,13 @@ def test_processes_share_the_batches_and_the_last_one_grades(
     assert timeless(summary) == timeless(whole[1])
 
 
+def test_a_rank_that_does_not_know_how_many_there_are(model, problems, tmp_path, monkeypatch):
+    """It would take the batches of all but the first."""
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="RANK is set, but not WORLD_SIZE"):
+        run(words(model, problems, tmp_path))
+
+
 def while_it_generates(action, monkeypatch):
     """Do `action` once, when an evaluation decodes its first batch."""
     decode_batch = decode.decode

@@ -442,9 +442,14 @@ def test_the_answers_of_the_data(control, model):
 
 
 def test_answers_of_the_data_that_are_cut_by_max_len_are_refused(control, model):
-    control.ANSWERS, control.GEN_LENGTH, control.FIRST_GEN_LENGTH = "data", 24, 24
-    with pytest.raises(SystemExit, match="has answers without an end; raise MAX_LEN"):
-        train_opdlm.decode_answers(control, run_of(model), None, DRAWS, 0)
+    """Before the first step, as some rollout would meet them; none would where it is shorter."""
+    run = run_of(model)
+    run.draws = DRAWS
+    control.GEN_LENGTH = 16
+    train_opdlm.check_answers(control, run)
+    control.GEN_LENGTH = 24
+    with pytest.raises(SystemExit, match="has no end of turn; raise MAX_LEN"):
+        train_opdlm.check_answers(control, run)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -605,6 +610,15 @@ def test_a_tokenizer_without_an_end(args, model):
     tokenizer = SimpleNamespace(eos_token_id=None, pad_token_id=0, mask_token_id=None)
     problems = train_opdlm.check_model(args, model, tokenizer)
     assert any("its tokenizer has no end-of-turn token" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_states_of_all_weights_need_more_room(args, model, full):
+    """The disk check counts what is trained."""
+    args.FULL_FT, args.LORA_RANK = full, 2
+    expected = model if full else train_fullseq.add_adapter(args, small_qwen())
+    trained = sum(p.numel() for p in expected.parameters() if p.requires_grad)
+    assert train_opdlm.METHOD.count_trained(args, model) == trained
 
 
 def test_another_block_length_is_a_warning(capsys):
