@@ -18,7 +18,6 @@ import re
 import signal
 import sys
 import tempfile
-from bisect import bisect_left
 from collections import Counter
 from contextlib import contextmanager
 
@@ -104,15 +103,17 @@ def process_batch(batch, tokenizer, max_len, filter_type):
     fitting = {i: found for i, found in zip(chosen, rendered, strict=True) if i not in notes}
     if fitting:
         prompts, texts = zip(*fitting.values(), strict=True)
-        decoded = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
-        encoded = encode(tokenizer, list(prompts), list(texts), max_len)
-        for i, prompt_ids, sample in zip(fitting, decoded, encoded, strict=True):
-            if sample is None:
+        options = {"add_special_tokens": False, "verbose": False}
+        prompts_ids = tokenizer(list(prompts), **options)["input_ids"]  # as in decoding
+        texts_ids = tokenizer(list(texts), **options)["input_ids"]
+        for i, prompt_ids, ids in zip(fitting, prompts_ids, texts_ids, strict=True):
+            prompt_len = len(prompt_ids)
+            if len(ids) > max_len:
                 outcomes[i] = "too long"
-            elif sample[1][: sample[0]] != prompt_ids or sample[0] == len(sample[1]):
+            elif ids[:prompt_len] != prompt_ids or prompt_len == len(ids):
                 notes[i] = "before the answer, its prompt ends in other tokens than in decoding"
             else:
-                samples[i] = sample
+                samples[i] = prompt_len, ids
     for i in notes:
         outcomes[i] = "unfit"
     return outcomes, samples, notes
@@ -221,30 +222,6 @@ def find_trailing_header(tokenizer):
     return header if question_text.endswith(header) else ""
 
 
-def encode(tokenizer, prompts, texts, max_len):
-    """Encode each text, once, as a whole. Its prompt is the tokens that start before `prompt` ends.
-
-    Returns:
-        list of `(prompt_len, list of ids)`, with None for texts of more than `max_len` tokens.
-    """
-    # The published script also encodes the prompt alone. That is off by one where a token spans the
-    # boundary, and gives 2 for every row on transformers 5, which trains the prompt.
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    samples = []
-    for prompt, ids, encoding in zip(prompts, encoded["input_ids"], encoded.encodings, strict=True):
-        if len(ids) > max_len:
-            samples.append(None)
-        else:
-            samples.append((count_tokens_before(encoding, len(prompt)), ids))
-    return samples
-
-
-def count_tokens_before(encoding, end):
-    """How many tokens start before character `end`, by bisection: reading all offsets is slow."""
-    tokens = range(len(encoding))
-    return bisect_left(tokens, end, key=lambda token: encoding.token_to_chars(token)[0])
-
-
 def to_tensors(samples):
     """Turn the samples `(prompt_len, ids)` of a batch into the dicts that are saved.
 
@@ -291,7 +268,7 @@ def main(args):
 
 # ------- reading
 def load_tokenizer(model, revision="main"):
-    """The model's fast tokenizer with its chat template; raises SystemExit if there is none."""
+    """The model's tokenizer with its chat template; raises SystemExit if there is none."""
     try:
         # the last argument keeps transformers 4.57.6 from a warning about Mistral's tokenizers
         tokenizer = AutoTokenizer.from_pretrained(
@@ -300,8 +277,6 @@ def load_tokenizer(model, revision="main"):
     except Exception as error:  # the hub, the folder and remote code fail in many ways
         why = first_line(error)
         sys.exit(f"--model {model}: no tokenizer there ({why}); give a hub id or a model folder")
-    if not tokenizer.is_fast:
-        sys.exit(f"--model {model} has no fast tokenizer; give a model with a tokenizer.json")
     if not tokenizer.chat_template:
         sys.exit(f"--model {model} has no chat template; give an Instruct model, or add a template")
     return tokenizer

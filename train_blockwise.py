@@ -43,6 +43,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -50,7 +51,8 @@ from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, logging
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import cached_file
 
 # ------- constants: edit them, or give any for one run as --NAME VALUE (a list as a,b)
@@ -59,6 +61,7 @@ from transformers.utils import cached_file
 MODEL_NAME = "GSAI-ML/LLaDA-8B-Instruct"  # hub id or folder; its own code is run
 MODEL_REVISION = "main"  # branch, tag or commit
 MASK_ID = 126336  # LLaDA's <|mdm_mask|>
+LOGIT_SHIFT = False  # True: a position is predicted from the one before it (Dream, DiffuCoder)
 DATA_PT = "MathQA_256.pt"  # written by pt.py
 MAX_SAMPLES = 200 * 32  # rows of DATA_PT, from its beginning
 MAX_LEN = 256  # tokens; shorter rows are padded, longer ones truncated
@@ -141,7 +144,7 @@ def supervised_loss(args, model, input_ids, noisy_ids, loss_mask):
     There is no weight 1/t: with t ~ U(0, 1) this mean over the masked ones of n tokens is the
     1/t-weighted bound divided by n + 1.
     """
-    nll = masked_nll(model, input_ids, noisy_ids, loss_mask)  # (M,)
+    nll = masked_nll(args, model, input_ids, noisy_ids, loss_mask)  # (M,)
     return mean_over_rows(nll, loss_mask)
 
 
@@ -421,11 +424,12 @@ def faults_in_one_line(remedy="COMPILE, or halve MICRO_BSIZE and double GRAD_ACC
 
 
 # ------- model
-def masked_nll(model, input_ids, noisy_ids, loss_mask):
+def masked_nll(args, model, input_ids, noisy_ids, loss_mask):
     """Cross-entropy of the tokens at which loss_mask (B, L) is True, in their order; (M,)."""
     row, pos = loss_mask.nonzero(as_tuple=True)  # (M,) each, on the host
     device = model.get_output_embeddings().weight.device
     labels = input_ids[row, pos].to(device)  # (M,)
+    pos = pos - int(args.LOGIT_SHIFT)
     logits = logits_at(model, row.to(device), pos.to(device), input_ids=noisy_ids.to(device))
     nll = []
     for piece, target in zip(logits.split(32), labels.split(32), strict=True):  # faster on a CPU
@@ -465,19 +469,63 @@ def build_model(args, device):
 
 
 def load_model(args, device):
-    """The base model, loaded straight to `device`; its configuration names MASK_ID."""
-    options = {"dtype": compute_dtype(), "device_map": {"": device}, "output_loading_info": True}
+    """The base model, loaded straight to `device`."""
+    options = {"dtype": compute_dtype(), "device_map": {"": device}}
     try:
-        model, info = load_pretrained(args, AutoModelForCausalLM, **options)
+        return load_whole(args.MODEL_NAME, args.MODEL_REVISION, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         sys.exit(f"MODEL_NAME = {args.MODEL_NAME!r}: its weights cannot be loaded ({error!s:.300})")
+
+
+def load_whole(name, revision, **options):
+    """A model with the options of `from_pretrained`; ValueError if some of its weights are missing.
+
+    Dream's own `from_pretrained` adds what generation needs, and does not say what is missing.
+    """
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
+    from_pretrained = PreTrainedModel.from_pretrained.__func__
+    options |= {"config": config, "revision": revision, "output_loading_info": True}
+    model, info = from_pretrained(model_class(name, revision, config), name, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would only warn
-        what = f"{len(missing)} weights are missing, such as {missing[0]}"
-        sys.exit(f"MODEL_NAME = {args.MODEL_NAME!r}: {what}")
-    model.config.mask_token_id = args.MASK_ID  # for decoding
+        raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
     return model
+
+
+def model_class(name, revision, config):
+    """The class of a masked LM: that of its own code, for causal LMs, masked LMs or any, or of
+    transformers. Raises ValueError if its configuration names none."""
+    own = getattr(config, "auto_map", None) or {}
+    for kind in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel"):
+        if kind in own:
+            return get_class_from_dynamic_module(own[kind], name, revision=revision)
+    if not config.architectures:
+        raise ValueError("its config.json names no class, neither in auto_map nor in architectures")
+    return getattr(transformers, config.architectures[0])
+
+
+def empty_model(name, revision, config):
+    """The model without its weights, on the meta device."""
+    with init_empty_weights():
+        return model_class(name, revision, config)(config)
+
+
+def mask_token_id(config, tokenizer):
+    """The id of [MASK]: the configuration's, the tokenizer's, or that of its only added token with
+    such a name; None: unknown."""
+    for own in (getattr(config, "mask_token_id", None), tokenizer.mask_token_id):
+        if own is not None:
+            return own
+    added = tokenizer.added_tokens_decoder.items()
+    named = [number for number, token in added if "mask" in token.content.lower()]
+    return named[0] if len(named) == 1 else None
+
+
+def logit_shift(config):
+    """Whether a model predicts a position from the one before it; None: unknown."""
+    shifted = {"Dream": True, "llada": False, "a2d-qwen3": False, "a2d-qwen2": False}
+    return getattr(config, "logit_shift", shifted.get(getattr(config, "model_type", None)))
 
 
 @torch.no_grad()
@@ -517,10 +565,19 @@ def add_adapter(args, model):
 
 def lora_targets(args, model):
     """The linear layers whose names end in one of TARGET_MODS, never the LM head."""
+    return [name for target in args.TARGET_MODS for name in layers_of(model, target)]
+
+
+def layers_of(model, target):
+    """The names of the linear layers of a target. Those of all experts are `experts.up_proj`."""
     head = model.get_output_embeddings()
-    endings = tuple(f".{target}" for target in args.TARGET_MODS)
-    linear = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head]
-    return [name for name in linear if f".{name}".endswith(endings)]
+    names = []
+    for name, module in model.named_modules():
+        short = re.sub(r"\.experts\.\d+\.", ".experts.", f".{name}")
+        fits = short.endswith(f".{target}") and type(module) is torch.nn.Linear
+        if fits and module is not head and (".experts." in short) == ("experts." in target):
+            names.append(name)
+    return names
 
 
 def ds_config(args, steps):
@@ -560,16 +617,20 @@ def save_frame(args, config, tokenizer, folder):
     of the model's folder, and would fail where it is read-only.
     """
     tokenizer.save_pretrained(folder)
-    source = Path(cached_file(args.MODEL_NAME, "config.json", revision=args.MODEL_REVISION)).parent
-    for path in [*source.glob("*.py"), *source.glob("generation_config.json")]:
-        (folder / path.name).write_bytes(path.read_bytes())
     config = deepcopy(config)
     config.dtype = torch.bfloat16  # not that of the computation
-    config.mask_token_id = args.MASK_ID
-    if hasattr(config, "auto_map"):  # the code is beside it, not on the hub
-        auto_map = json.dumps(config.auto_map)
-        config.auto_map = json.loads(re.sub(r'"[^"]*--', '"', auto_map))
+    config.update({"mask_token_id": args.MASK_ID, "logit_shift": args.LOGIT_SHIFT})
     config.to_json_file(folder / "config.json")
+    for path in folder.glob("*config.json"):
+        content = json.loads(path.read_text())
+        if "auto_map" in content:  # the code is beside it, not on the hub
+            auto_map = json.dumps(content["auto_map"])
+            content["auto_map"] = json.loads(re.sub(r'"[^"]*--', '"', auto_map))
+            write_json(path, content)
+    source = Path(cached_file(args.MODEL_NAME, "config.json", revision=args.MODEL_REVISION)).parent
+    for path in [*source.glob("*.py"), *source.glob("generation_config.json")]:
+        (folder / path.name).unlink(missing_ok=True)  # what the tokenizer copied may be read-only
+        (folder / path.name).write_bytes(path.read_bytes())
 
 
 @torch.no_grad()
@@ -778,9 +839,7 @@ def preflight(args, method, world_size):
         if getattr(config, "quantization_config", None):
             return [*problems, f"MODEL_NAME = {args.MODEL_NAME!r} is quantized; give its bf16 form"]
         tokenizer = load_pretrained(args, AutoTokenizer, fix_mistral_regex=False)
-        code = {"code_revision": args.MODEL_REVISION} if hasattr(config, "auto_map") else {}
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, **code)
+        model = empty_model(args.MODEL_NAME, args.MODEL_REVISION, config)
     except Exception as error:  # the hub, a folder and remote code fail in many ways
         what = f"MODEL_NAME = {args.MODEL_NAME!r} cannot be loaded"
         problems.append(f"{what} ({error!r:.300}); give another")
@@ -795,20 +854,21 @@ def check_model(args, model, tokenizer):
     """Messages on mask token, LoRA targets, device and disk; prints the layers per target."""
     problems = []
     vocabulary = model.get_input_embeddings().num_embeddings
-    mask_id = getattr(model.config, "mask_token_id", None)
-    mask_id = tokenizer.mask_token_id if mask_id is None else mask_id
+    mask_id = mask_token_id(model.config, tokenizer)
     if mask_id not in (None, args.MASK_ID) or vocabulary <= args.MASK_ID:
         own = f"{args.MODEL_NAME} has {vocabulary} ids, its mask token is {mask_id or 'unknown'}"
         problems.append(f"MASK_ID = {args.MASK_ID}: {own}")
+    if logit_shift(model.config) not in (None, args.LOGIT_SHIFT):
+        own = f"{args.MODEL_NAME} needs {logit_shift(model.config)}"
+        problems.append(f"LOGIT_SHIFT = {args.LOGIT_SHIFT}: {own}")
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         none = "its tokenizer has neither an end-of-text nor a padding token"
         problems.append(f"MODEL_NAME = {args.MODEL_NAME!r}: {none}; add one")
-    if not (targets := lora_targets(args, model)):
+    if not lora_targets(args, model):
         none = f"no linear layer of {args.MODEL_NAME} has such a name"
         problems.append(f"TARGET_MODS = {args.TARGET_MODS}: {none}")
     for target in args.TARGET_MODS:
-        count = sum(f".{name}".endswith(f".{target}") for name in targets)
-        print(f"LoRA on {count} layers {target}")
+        print(f"LoRA on {len(layers_of(model, target))} layers {target}")
     if not deepspeed.get_accelerator().is_bf16_supported():
         problems.append("this GPU has no bf16; Ampere and later ones have it")
     on_cpu = deepspeed.get_accelerator().device_name() == "cpu"
@@ -905,7 +965,8 @@ LIMITS = [  # names, allowed types or texts, lowest and highest value
     ("PREFIX_MASK_RATE SUFFIX_MASK_PROB", [int, float], 0, 1),
     ("GRAD_CLIP", [int, float], 0, 10**6),
     ("LORA_ALPHA", [int, float, type(None)], 0, 10**6),
-    ("MASK_PADDING COMPILE ACTIVATION_CHECKPOINTING SAVE_ADAPTER", [bool], False, True),
+    ("LOGIT_SHIFT MASK_PADDING COMPILE ACTIVATION_CHECKPOINTING", [bool], False, True),
+    ("SAVE_ADAPTER", [bool], False, True),
 ]
 
 

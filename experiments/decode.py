@@ -31,9 +31,10 @@ import suite
 import torch
 from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, logging
+from transformers import AutoConfig, PretrainedConfig, logging
 
 import pt
+from train_blockwise import load_whole, logit_shift, mask_token_id
 
 BLOCK_LENGTH = 32  # tokens, of a model that says nothing else
 LOGSUMEXP_ROWS = 32  # rows of logits reduced at once: they fit in a CPU's caches
@@ -189,7 +190,7 @@ def forward_inputs(model, canvas, prompt_lens, lengths, masked, block_length):
     input_ids = canvas[rows, : lengths[rows].max()]  # (R, L)
     columns = torch.arange(input_ids.shape[1], device=canvas.device)  # (L,)
     attended = columns < lengths[rows]  # (R, L)
-    if config_value(model, "block_causal") is None:
+    if getattr(config_of(model), "block_causal", None) is None:
         return {
             "input_ids": input_ids,
             "attention_mask": None if attended.all() else attended.long(),
@@ -203,9 +204,9 @@ def forward_inputs(model, canvas, prompt_lens, lengths, masked, block_length):
     return {"input_ids": input_ids, "attention_mask": mask[:, None], "use_cache": False}
 
 
-def config_value(model, name):
-    """A value that train_opdlm.py writes into a model's configuration; None in others."""
-    return getattr(getattr(model, "config", None), name, None)
+def config_of(model):
+    """The configuration of a model; None if it has none."""
+    return getattr(model, "config", None)
 
 
 def masked_logits(model, inputs, active, masked):
@@ -221,8 +222,8 @@ def masked_logits(model, inputs, active, masked):
     rows = masked.any(1)  # (B,)
     row = masked[rows].nonzero()[:, 0]  # (M,) of the inputs
     pos = active[masked]  # (M,)
-    if config_value(model, "logit_shift"):
-        pos = pos - 1  # as an autoregressive model predicts
+    if logit_shift(config_of(model)):
+        pos = pos - 1  # a position is predicted from the one before it
 
     def select(_, hidden):
         return hidden[0][row, pos]  # (R, L, D) -> (M, D)
@@ -481,14 +482,7 @@ def load_model(name, revision="main", device="cpu", dtype=torch.float32):
     """
     base, revision = base_of(name, revision)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            base,
-            revision=revision,
-            trust_remote_code=True,
-            dtype=dtype,
-            device_map={"": device},
-            output_loading_info=True,
-        )
+        model = load_whole(base, revision, dtype=dtype, device_map={"": device})
         if base != name:
             model = merge_adapter(model, name, base, device)
     except torch.OutOfMemoryError:
@@ -496,11 +490,6 @@ def load_model(name, revision="main", device="cpu", dtype=torch.float32):
     except Exception as error:  # the hub, the folder and remote code fail in many ways
         why = pt.first_line(error)
         sys.exit(f"--model {name} cannot be loaded ({why}); give a hub id or a model folder")
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers would leave them random
-        sys.exit(
-            f"--model {name}: {len(missing)} weights are missing, such as {missing[0]}; complete it"
-        )
     return model.eval()
 
 
@@ -525,14 +514,10 @@ def merge_adapter(model, name, base, device):
 def special_ids(name, config, tokenizer, vocabulary):
     """The `mask_id`, `eos_id` and `eot_id` of a model with `vocabulary` ids, as a dict.
 
-    The mask token is the one that its configuration names, or else its tokenizer.
-
     Raises:
         SystemExit: if they are unknown, or beyond the vocabulary.
     """
-    mask_id = getattr(config, "mask_token_id", None)
-    if mask_id is None:
-        mask_id = tokenizer.mask_token_id
+    mask_id = mask_token_id(config, tokenizer)
     if mask_id is None:
         base, _ = base_of(name, None)
         sys.exit(

@@ -86,7 +86,7 @@ def score(args, model, input_ids, noisy_ids, over_masked, t):
     scores = torch.zeros(over_masked.shape)
     if rows.any():
         model.eval()
-        nll = masked_nll(model, input_ids[rows], noisy_ids[rows], over_masked[rows])
+        nll = masked_nll(args, model, input_ids[rows], noisy_ids[rows], over_masked[rows])
         model.train()
         scores[over_masked & rows[:, None]] = nll.cpu()
     return scores
@@ -97,7 +97,7 @@ def supervised_loss(args, model, input_ids, noisy_ids, over_masked, t, weight, l
     if args.APPROXIMATE:
         reveal = (band(args, t) == 0) & over_masked & ~loss_mask  # a random choice needs no scores
         noisy_ids = torch.where(reveal, input_ids, noisy_ids)
-        over_nll = masked_nll(model, input_ids, noisy_ids, over_masked)
+        over_nll = masked_nll(args, model, input_ids, noisy_ids, over_masked)
         scores = torch.zeros(over_masked.shape)
         scores[over_masked] = over_nll.detach().cpu()
     else:
@@ -108,7 +108,7 @@ def supervised_loss(args, model, input_ids, noisy_ids, over_masked, t, weight, l
         nll = over_nll[chosen[over_masked].to(over_nll.device)]
     else:
         revealed = torch.where(over_masked & ~chosen, input_ids, noisy_ids)
-        nll = masked_nll(model, input_ids, revealed, chosen)
+        nll = masked_nll(args, model, input_ids, revealed, chosen)
     weight = weight.expand(chosen.shape)[chosen]  # (M,)
     return (nll * weight.to(nll.device)).sum() / len(input_ids)
 

@@ -42,7 +42,6 @@ from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 import train_fullseq
 from train_fullseq import (
@@ -52,7 +51,7 @@ from train_fullseq import (
     faults_in_one_line,
     finish,
     load_model,
-    load_pretrained,
+    load_whole,
     logits_at,
     mean_over_rows,
     parse_args,
@@ -85,7 +84,7 @@ ANSWERS = "student"  # whose: student, teacher or data, which are those of DATA_
 STATES = "decoded"  # what x_t shows: decoded, as the student met it, or random
 LOSS = "kl"  # kl, from the teacher, or cross-entropy of the answer's tokens
 TOP_K = None  # KL from the teacher's TOP_K most probable tokens; None: from all
-LOGIT_SHIFT = False  # True: a position is predicted by the one before it, as in the teacher
+LOGIT_SHIFT = False  # True: a position is predicted from the one before it, as in the teacher
 TRAIN_END = False  # True: the end-of-turn token is in the loss too
 FULL_FT = False  # True: train all weights; the teacher is then loaded too
 
@@ -114,7 +113,7 @@ LIMITS = [
     ("TOP_K", [int, type(None)], 1, 10**6),
     ("THRESHOLD", [int, float], 0, 1),
     ("TEMPERATURE", [int, float], 0, 10**6),
-    ("LOGIT_SHIFT TRAIN_END FULL_FT", [bool], False, True),
+    ("TRAIN_END FULL_FT", [bool], False, True),
     ("SAVE_ADAPTER COMPILE", [False], None, None),
     ("ANSWERS", ["student", "teacher", "data"], None, None),
     ("STATES", ["decoded", "random"], None, None),
@@ -389,7 +388,7 @@ def log_rollout(args, run, rollout, answers):
 def build_model(args, device):
     """The student, with an adapter unless all weights are trained."""
     model = load_model(args, device)
-    model.config.update({"block_causal": args.BLOCK_SIZE, "logit_shift": args.LOGIT_SHIFT})
+    model.config.block_causal = args.BLOCK_SIZE  # for decoding
     model = prepare_layers(args, model)
     return model.train() if args.FULL_FT else add_adapter(args, model)
 
@@ -399,7 +398,8 @@ def build_teacher(args, device):
     if not args.FULL_FT:
         return None
     options = {"dtype": compute_dtype(), "device_map": {"": device}}
-    return load_pretrained(args, AutoModelForCausalLM, **options).eval().requires_grad_(False)
+    teacher = load_whole(args.MODEL_NAME, args.MODEL_REVISION, **options)
+    return teacher.eval().requires_grad_(False)
 
 
 def check_model(args, model, tokenizer):

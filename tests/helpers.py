@@ -125,11 +125,11 @@ def small_llada(seed=0, **changes):
     return LLaDAModelLM(LLaDAConfig(**shape | changes)).eval()
 
 
-def without_mask(model):
+def without_mask(model, mask_id=MASK):
     """The model, which now never predicts [MASK], as is true of trained ones."""
 
     def forbid(_, inputs, logits):
-        return logits.index_fill(-1, torch.tensor([MASK]), -1e4)
+        return logits.index_fill(-1, torch.tensor([mask_id]), -1e4)
 
     model.get_output_embeddings().register_forward_hook(forbid)
     return model
@@ -154,6 +154,41 @@ def decode_one(model, prompt, **options):
 
     answers = decode.decode(model, [prompt], **{**IDS, **options}, callback=keep)
     return answers[0], canvases
+
+
+@torch.no_grad()
+def reference(
+    model,
+    prompt,
+    gen_length,
+    block_length,
+    steps,
+    logits_eos_inf=False,
+    confidence_eos_eot_inf=False,
+    mask_id=MASK,
+):
+    """LLaDA's decoder as plain loops, for one prompt at temperature 0, in float64."""
+    canvas = [*prompt.tolist(), *[mask_id] * gen_length]
+    num_blocks = gen_length // block_length
+    steps_per_block = steps // num_blocks
+    for block in range(num_blocks):
+        start = len(prompt) + block * block_length
+        for step in range(steps_per_block):
+            logits = model(input_ids=torch.tensor([canvas])).logits[0].double()  # (L, V)
+            if logits_eos_inf:
+                logits[:, EOS] = -torch.inf
+            x0 = logits.argmax(-1).tolist()
+            if confidence_eos_eot_inf:
+                logits[:, [EOS, EOT]] = -torch.inf
+            p = logits.softmax(-1)
+            masked = [i for i in range(start, start + block_length) if canvas[i] == mask_id]
+            by_confidence = sorted(masked, key=lambda i: -p[i, x0[i]])  # equals stay in order
+            num = block_length // steps_per_block
+            if step < block_length % steps_per_block:
+                num += 1
+            for i in by_confidence[:num]:
+                canvas[i] = x0[i]
+    return torch.tensor(canvas[len(prompt) :])
 
 
 AR_VOCABULARY = 40  # ids of small_qwen

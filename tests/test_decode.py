@@ -19,46 +19,20 @@ from helpers import (
     VOCABULARY,
     decode_one,
     prompts_of,
+    reference,
     small_llada,
     small_qwen,
     without_mask,
 )
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from toy_task import chains
-from transformers import AddedToken
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 import pt
 
 # --------------------------------------------------------------------------- the plain definition
-
-
-@torch.no_grad()
-def reference(
-    model, prompt, gen_length, block_length, steps, logits_eos_inf, confidence_eos_eot_inf
-):
-    """LLaDA's decoder as plain loops, for one prompt at temperature 0, in float64."""
-    canvas = [*prompt.tolist(), *[MASK] * gen_length]
-    num_blocks = gen_length // block_length
-    steps_per_block = steps // num_blocks
-    for block in range(num_blocks):
-        start = len(prompt) + block * block_length
-        for step in range(steps_per_block):
-            logits = model(input_ids=torch.tensor([canvas])).logits[0].double()  # (L, V)
-            if logits_eos_inf:
-                logits[:, EOS] = -torch.inf
-            x0 = logits.argmax(-1).tolist()
-            if confidence_eos_eot_inf:
-                logits[:, [EOS, EOT]] = -torch.inf
-            p = logits.softmax(-1)
-            masked = [i for i in range(start, start + block_length) if canvas[i] == MASK]
-            by_confidence = sorted(masked, key=lambda i: -p[i, x0[i]])  # equals stay in order
-            num = block_length // steps_per_block
-            if step < block_length % steps_per_block:
-                num += 1
-            for i in by_confidence[:num]:
-                canvas[i] = x0[i]
-    return torch.tensor(canvas[len(prompt) :])
 
 
 def until_end(answer, block_length):
@@ -233,11 +207,14 @@ def test_the_mask_token_is_named_by_the_configuration_or_the_tokenizer():
     tokenizer = chains.build_tokenizer(wide=False)
     config = small_llada(mask_token_id=11).config
     assert decode.special_ids("m", config, tokenizer, 400)["mask_id"] == 11
-    tokenizer.mask_token = "<|mdm_mask|>"
-    assert decode.special_ids("m", config, tokenizer, 400)["mask_id"] == 11
     config.mask_token_id = None
-    expected = tokenizer.convert_tokens_to_ids("<|mdm_mask|>")
+    called_so = tokenizer.convert_tokens_to_ids("<|mdm_mask|>")
+    assert decode.special_ids("m", config, tokenizer, 400)["mask_id"] == called_so
+    tokenizer.mask_token = "<|eot_id|>"  # what is declared comes first
+    expected = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert decode.special_ids("m", config, tokenizer, 400)["mask_id"] == expected
+    config.mask_token_id = 11
+    assert decode.special_ids("m", config, tokenizer, 400)["mask_id"] == 11
 
 
 @pytest.mark.parametrize(
@@ -246,7 +223,8 @@ def test_the_mask_token_is_named_by_the_configuration_or_the_tokenizer():
 def test_without_a_mask_token_nothing_is_decoded(build, changes):
     """Neither with LLaDA's, even in a vocabulary of its size, nor an autoregressive model."""
     config = build(**changes).config
-    tokenizer = chains.build_tokenizer(wide=False)
+    words = Tokenizer(models.WordLevel({"word": 0, "<end>": 1}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
     with pytest.raises(SystemExit, match=r"--model m: neither its config\.json nor its tokenizer"):
         decode.special_ids("m", config, tokenizer, 126464)
 

@@ -133,13 +133,13 @@ def test_alpha_is_tied_to_the_rank(trainer, args):
 def test_loading(trainer, args, monkeypatch):
     """Straight to its device in bf16, with LoRA's dropout on."""
     given = {}
-    from_pretrained = AutoModelForCausalLM.from_pretrained
+    load_whole = trainer.load_whole
 
-    def load(name, **options):
+    def load(*name, **options):
         given.update(options)
-        return from_pretrained(name, **options)
+        return load_whole(*name, **options)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(trainer, "load_whole", load)
     args.LORA_DROPOUT = 0.3
     model = trainer.build_model(args, "cpu").train()
     assert (given["dtype"], given["device_map"]) == (trainer.compute_dtype(), {"": "cpu"})

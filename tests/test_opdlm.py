@@ -607,7 +607,7 @@ def test_mistakes(ar_folder, changes, message):
 
 
 def test_a_tokenizer_without_an_end(args, model):
-    tokenizer = SimpleNamespace(eos_token_id=None, pad_token_id=0, mask_token_id=None)
+    tokenizer = SimpleNamespace(eos_token_id=None, pad_token_id=0, mask_token_id=3)
     problems = train_opdlm.check_model(args, model, tokenizer)
     assert any("its tokenizer has no end-of-turn token" in problem for problem in problems)
 

@@ -219,12 +219,13 @@ def encode(tokenizer, rows):
     queries = [row["query"] for row in rows]
     responses = [row["response"] for row in rows]
     prompts, texts = pt.render(tokenizer, header, queries, responses)
-    samples = pt.encode(tokenizer, prompts, texts, max_len=sys.maxsize)
-    prompt_len = torch.tensor([prompt_len for prompt_len, _ in samples])
+    prompts_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    texts_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompt_len = torch.tensor([len(prompt_ids) for prompt_ids in prompts_ids])
     length = int(prompt_len.max()) + GEN_LENGTH
     ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-    for row, (_, encoded) in zip(ids, samples, strict=True):
-        row[: len(encoded)] = torch.tensor(encoded)
+    for row, text_ids in zip(ids, texts_ids, strict=True):
+        row[: len(text_ids)] = torch.tensor(text_ids)
     return ids, prompt_len
 
 
