@@ -35,6 +35,7 @@ from difflib import SequenceMatcher
 from functools import partial
 from glob import glob
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, TextIO
@@ -86,7 +87,7 @@ LORA_RANK = 256  # of the adapter
 LORA_ALPHA = None  # None: 2 * LORA_RANK
 LORA_DROPOUT = 0.05  # share of the adapter's inputs
 TARGET_MODS = ["q_proj", "k_proj", "v_proj", "up_proj"]  # linear layers, by the ends of names
-COMPILE = False  # torch.compile the transformer layers: faster, less memory; 20 s at the start
+COMPILE = None  # torch.compile the layers: faster, less memory; None: on a GPU, if it works there
 ACTIVATION_CHECKPOINTING = False  # less memory, about a third more time
 
 # Output
@@ -301,6 +302,8 @@ def start(args, method):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config = ds_config(args, len(draws))
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
+    if compiles(args):
+        warm_up(args, model)
     done = load_state(engine, logs / "state")
     run = Run(examples, draws, suffix[0], logs, tokenizer, pad_id, model, engine, done)
     if dist.get_rank() == 0:
@@ -490,6 +493,7 @@ def load_whole(name, revision, **options):
     model, info = from_pretrained(model_class(name, revision, config), name, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would only warn
         raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
+    model.config.use_cache = False  # which a layer that is computed again would fill twice
     return model
 
 
@@ -539,11 +543,44 @@ def check_sees_later(args, model):
         sys.exit(f"MODEL_NAME = {args.MODEL_NAME!r} {what}; give a masked diffusion model")
 
 
+def layers_in(model):
+    """The transformer layers of a model, from the first to the last."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return lists[0] if lists else []
+
+
+def compiles(args):
+    """Whether the layers are compiled."""
+    on_gpu = deepspeed.get_accelerator().device_name() != "cpu"
+    return on_gpu if args.COMPILE is None else args.COMPILE
+
+
+def warm_up(args, model):
+    """Compile the layers by one pass in a step's shape, which leaves no gradient.
+
+    Where they cannot be compiled, the run goes on without, or ends if COMPILE is True.
+    """
+    device = model.get_input_embeddings().weight.device
+    ids = torch.full((args.MICRO_BSIZE, args.MAX_LEN), args.MASK_ID, device=device)
+    first = torch.zeros(1, dtype=torch.long, device=device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        loss = logits_at(model, first, first, input_ids=ids).float().sum()
+        torch.autograd.grad(loss, trained, allow_unused=True)  # of experts without a token
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many ways
+        what = f"COMPILE = {args.COMPILE}: the layers cannot be compiled ({error!s:.200})"
+        if args.COMPILE:
+            sys.exit(f"{what}; set it to False")
+        print(f"{what}; the run goes on without")
+        torch.compiler.set_stance("force_eager")
+
+
 def prepare_layers(args, model):
     """`model`, its transformer layers compiled or checkpointed as the constants say."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    for layer in lists[0] if lists else []:
-        if args.COMPILE:  # first: what calls `checkpoint` would not be compiled
+    for layer in layers_in(model):
+        if compiles(args):  # first: what calls `checkpoint` would not be compiled
             layer.forward = torch.compile(layer.forward)
         if args.ACTIVATION_CHECKPOINTING:  # LLaDA's code has no gradient_checkpointing_enable
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -846,18 +883,14 @@ def preflight(args, method, world_size):
     if not problems:
         problems += check_examples(args, method, examples, world_size, model, tokenizer)
         problems += method.check_model(args, model, tokenizer)
+        problems += check_memory(args, method, model, world_size)
         problems += check_saving(args, method, examples, world_size, model, tokenizer)
     return problems
 
 
 def check_model(args, model, tokenizer):
     """Messages on mask token, LoRA targets, device and disk; prints the layers per target."""
-    problems = []
-    vocabulary = model.get_input_embeddings().num_embeddings
-    mask_id = mask_token_id(model.config, tokenizer)
-    if mask_id not in (None, args.MASK_ID) or vocabulary <= args.MASK_ID:
-        own = f"{args.MODEL_NAME} has {vocabulary} ids, its mask token is {mask_id or 'unknown'}"
-        problems.append(f"MASK_ID = {args.MASK_ID}: {own}")
+    problems = check_mask_id(args, model, tokenizer)
     if logit_shift(model.config) not in (None, args.LOGIT_SHIFT):
         own = f"{args.MODEL_NAME} needs {logit_shift(model.config)}"
         problems.append(f"LOGIT_SHIFT = {args.LOGIT_SHIFT}: {own}")
@@ -879,10 +912,72 @@ def check_model(args, model, tokenizer):
     return problems + check_weights(args)
 
 
+def check_mask_id(args, model, tokenizer):
+    """A message if MASK_ID is not the model's, or, where this is unknown, is a token of texts."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    own = mask_token_id(model.config, tokenizer)
+    if own not in (None, args.MASK_ID) or vocabulary <= args.MASK_ID:
+        what = f"{args.MODEL_NAME} has {vocabulary} ids, its mask token is {own or 'unknown'}"
+        return [f"MASK_ID = {args.MASK_ID}: {what}"]
+    texts_have_it = args.MASK_ID < len(tokenizer)
+    if own is None and texts_have_it and args.MASK_ID not in tokenizer.added_tokens_decoder:
+        what = f"{args.MODEL_NAME} names no mask token, and this one is in texts"
+        free = f"; the first id that is in none is {len(tokenizer)}"
+        return [f"MASK_ID = {args.MASK_ID}: {what}{free if len(tokenizer) < vocabulary else ''}"]
+    return []
+
+
 def count_trained(args, model):
     """The number of the adapter's weights."""
     layers = [model.get_submodule(name) for name in lora_targets(args, model)]
     return args.LORA_RANK * sum(x.in_features + x.out_features for x in layers)
+
+
+def memory_needed(args, method, model, world_size):
+    """About the bytes that a step takes on a GPU; docs/performance.md has the formula's origin."""
+    trained = method.count_trained(args, model)
+    experts = getattr(model.config, "num_experts", 1)
+    active = getattr(model.config, "num_experts_per_tok", 1) / experts
+    kept = []  # bytes per token and layer
+    for layer in layers_in(model):
+        features = 0
+        for name, x in layer.named_modules():
+            if type(x) is torch.nn.Linear:
+                features += (x.in_features + x.out_features) * (active if "experts" in name else 1)
+        kept.append((1.8 if compiles(args) else 2.7) * features)
+    vocabulary, width = model.get_input_embeddings().weight.shape
+    per_token = sum(kept)
+    if args.ACTIVATION_CHECKPOINTING:
+        per_token = max(kept, default=0) + 2 * width * len(kept)
+    supervised = getattr(args, "BLOCK_SIZE", args.MAX_LEN // 2) / 2  # tokens of a row
+    rows = args.MICRO_BSIZE * (args.MAX_LEN * per_token + 4 * supervised * vocabulary)
+    sharded = (14 + 4 * (args.GRAD_ACC > 1)) * trained / world_size
+    return 2 * model.num_parameters() + 2 * trained + sharded + rows + 0.8e9
+
+
+def check_memory(args, method, model, world_size):
+    """A message, with settings that fit, if the GPU's memory is certainly too little."""
+    accelerator = deepspeed.get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return []
+    has = accelerator.total_memory()
+    needed = memory_needed(args, method, model, world_size)
+    if 0.85 * needed < has:  # the formula was within 3 % of what was measured
+        return []
+    rows = args.MICRO_BSIZE * args.GRAD_ACC
+    ranks = [args.LORA_RANK, *(rank for rank in (64, 16) if rank < args.LORA_RANK)]
+    sizes = [size for size in range(args.MICRO_BSIZE, 0, -1) if rows % size == 0]
+    remedy = "take a smaller model or a lower MAX_LEN"
+    for choice in product(ranks, sorted({args.ACTIVATION_CHECKPOINTING, True}), sizes):
+        names = ("LORA_RANK", "ACTIVATION_CHECKPOINTING", "MICRO_BSIZE", "GRAD_ACC")
+        changes = dict(zip(names, [*choice, rows // choice[-1]], strict=True))
+        changed = argparse.Namespace(**vars(args) | changes)
+        if memory_needed(changed, method, model, world_size) < 0.9 * has:
+            settings = ", ".join(f"{name} {value}" for name, value in changes.items())
+            remedy = f"{settings} would fit"
+            break
+    what = f"a step needs about {needed / 1e9:.0f} GB, and the GPU has {has / 1e9:.0f} GB"
+    return [f"MICRO_BSIZE = {args.MICRO_BSIZE}: {what}; {remedy}"]
 
 
 def check_weights(args):
@@ -965,8 +1060,8 @@ LIMITS = [  # names, allowed types or texts, lowest and highest value
     ("PREFIX_MASK_RATE SUFFIX_MASK_PROB", [int, float], 0, 1),
     ("GRAD_CLIP", [int, float], 0, 10**6),
     ("LORA_ALPHA", [int, float, type(None)], 0, 10**6),
-    ("LOGIT_SHIFT MASK_PADDING COMPILE ACTIVATION_CHECKPOINTING", [bool], False, True),
-    ("SAVE_ADAPTER", [bool], False, True),
+    ("COMPILE", [bool, type(None)], False, True),
+    ("LOGIT_SHIFT MASK_PADDING ACTIVATION_CHECKPOINTING SAVE_ADAPTER", [bool], False, True),
 ]
 
 

@@ -3,6 +3,7 @@
     python experiments/bench.py                                 # toy shape, a minute on a laptop
     python experiments/bench.py --shape 8b --batch 32 --output bench.json             # on a GPU
     python experiments/bench.py --part save --shape 8b          # writes to the current folder
+    python experiments/bench.py --fit --shape 0.6b              # which MICRO_BSIZE fits which GPU
 
 A step is the trainer's train_step, in three forms that take turns in one process:
 
@@ -15,7 +16,11 @@ With --method fullseq also in two forms of train_lift.py, whose steps cost more:
     lift, approximate       a scoring forward pass, or one pass for both (--forms suite,lift)
 
 Model, adapter, rows, masks, dropout, compute_dtype and the update by DeepSpeed are the same. The
-model is this suite's LLaDA with LLaDA's vocabulary and random weights; nothing is downloaded.
+model has random weights: this suite's LLaDA, or the shape of another family. Nothing is downloaded.
+
+--fit takes steps of --rows rows with every MICRO_BSIZE of 1, 2, 4, ... --batch, with and without
+COMPILE and ACTIVATION_CHECKPOINTING, and prints the memory that each took beside the one that the
+trainers compute before a run. With --computed it takes no steps.
 Guide: experiments/docs/performance.md
 
 Shapes: B rows, L tokens per row, V vocabulary.
@@ -31,6 +36,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -49,16 +55,28 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_task.llada.configuration_llada import LLaDAConfig
 from toy_task.llada.modeling_llada import LLaDAModelLM
 from tqdm import tqdm
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, OlmoeConfig, Qwen2Config, Qwen3Config
 
 import train_blockwise
 import train_fullseq
 
 TRAINERS = {"blockwise": train_blockwise, "fullseq": train_fullseq}
-SHAPES = {  # arguments of LLaDAConfig, whose defaults are LLaDA-8B's
-    "toy": {"d_model": 96, "n_layers": 3, "n_heads": 4, "mlp_hidden_size": 256},
-    "1b": {"d_model": 2048, "n_layers": 12, "n_heads": 16, "mlp_hidden_size": 6144},
-    "8b": {},
+QWEN3 = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+QWEN3 |= {"num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True}
+DREAM = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944}
+DREAM |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+SMALL = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 3}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 8}
+SHAPES = {  # a configuration's class, and what differs from its defaults
+    "toy": (LLaDAConfig, {"d_model": 96, "n_layers": 3, "n_heads": 4, "mlp_hidden_size": 256}),
+    "1b": (LLaDAConfig, {"d_model": 2048, "n_layers": 12, "n_heads": 16, "mlp_hidden_size": 6144}),
+    "8b": (LLaDAConfig, {}),  # LLaDA's
+    "0.6b": (Qwen3Config, QWEN3),  # A2D's, of Qwen3-0.6B
+    "dream-7b": (Qwen2Config, DREAM),
+    "moe-7b": (OlmoeConfig, {"vocab_size": 157184, "intermediate_size": 1024}),  # OLMoE's shape
+    "toy-moe": (OlmoeConfig, {"vocab_size": 157184, "num_experts_per_tok": 2} | SMALL),
 }
+GPU_MEMORY = (12, 24, 40, 48, 80)  # GB
 FORMS = ["published", "suite", "compiled"]
 LIFT_FORMS = ["lift", "approximate"]
 TIMED_STEPS = 2  # in each turn of a form, after one untimed step
@@ -151,8 +169,7 @@ def take_turn(row, form, trainer, constants, run, first):
     except RuntimeError as error:  # out of memory, or no compiler
         row["error"] = f"{type(error).__name__}: {error!s:.200}"
     on_gpu = run.engine.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_host_memory()
-    row["peak_bytes"] = max(row["peak_bytes"], peak)
+    row["peak_bytes"] = max(row["peak_bytes"], peak_memory("cuda" if on_gpu else "cpu"))
 
 
 def measure_steps(args, trainer):
@@ -234,10 +251,80 @@ def write_plain(path, size):
             file.write(chunk[: size - start])
 
 
+# ------- what fits
+def measure_fit(args, trainer):
+    """Computed and, without --computed, measured memory and seconds of a step, per setting."""
+    skeleton = random_model(args.shape, "meta", torch.bfloat16)
+    sizes = [size for size in range(1, args.batch + 1) if args.rows % size == 0]
+    sizes = [size for size in sizes if size & (size - 1) == 0]  # powers of 2
+    rows = []
+    trainer.init_distributed()
+    settings = list(product((False, True), (False, True), sizes))
+    for compiled, checkpointing, size in tqdm(settings, unit=" settings"):
+        setting = {"COMPILE": compiled, "ACTIVATION_CHECKPOINTING": checkpointing}
+        setting |= {"MICRO_BSIZE": size, "GRAD_ACC": args.rows // size}
+        constants = make_constants(args, trainer, **setting, TOTAL_TRAIN_STEPS=1 + args.repeats)
+        computed = trainer.memory_needed(constants, trainer.METHOD, skeleton, 1)
+        row = setting | {"computed_bytes": int(computed)}
+        if not args.computed:
+            row |= measure_setting(args, trainer, constants)
+        rows.append(row)
+    dist.destroy_process_group()
+    for memory in GPU_MEMORY:
+        print(f"{memory} GB: {describe_fit(rows, memory * 1e9)}")
+    return {"rows": {str(number): row for number, row in enumerate(rows)}}
+
+
+def measure_setting(args, trainer, constants):
+    """Peak memory and seconds of the steps after the first; or what ended them, as "error"."""
+    examples = random_examples(constants.TOTAL_TRAIN_STEPS * args.rows, args.length)
+    draws, _ = trainer.plan(constants, trainer.METHOD, examples, world_size=1)
+    run = SimpleNamespace(examples=examples, draws=draws, engine=None)
+    loss_of = partial(micro_batch_loss, "suite", trainer, constants, run)
+    seconds = []
+    torch.compiler.reset()
+    reset_peak()
+    try:
+        run.engine = build_engine(args, trainer, constants)
+        for step in range(1, len(draws) + 1):
+            start = time.perf_counter()
+            trainer.train_step(constants, run, step, loss_of)
+            deepspeed.get_accelerator().synchronize()
+            seconds.append(time.perf_counter() - start)
+    except RuntimeError as error:  # out of memory, or no compiler
+        return {"error": f"{type(error).__name__}: {error!s:.200}"}
+    finally:
+        if run.engine is not None:
+            run.engine.destroy()
+        run.engine = None
+        gc.collect()
+        deepspeed.get_accelerator().empty_cache()
+    return {"peak_bytes": peak_memory(args.device), "step_seconds": median(seconds[1:])}
+
+
+def describe_fit(rows, memory):
+    """The setting with which a step is fastest of those that fit, by measured memory if there is.
+
+    Compiled, as is the default on a GPU; checkpointing costs time, small batches hardly any.
+    """
+    fitting = []
+    for row in rows:
+        needed = row.get("peak_bytes", row["computed_bytes"])
+        if row["COMPILE"] and "error" not in row and needed < 0.93 * memory:  # 7 %: the GPU's own
+            fitting.append((not row["ACTIVATION_CHECKPOINTING"], row["MICRO_BSIZE"], needed, row))
+    if not fitting:
+        return "nothing fits"
+    *_, needed, row = max(fitting, key=lambda item: item[:2])
+    names = ("MICRO_BSIZE", "GRAD_ACC", "ACTIVATION_CHECKPOINTING")
+    settings = ", ".join(f"{name} {row[name]}" for name in names)
+    how = f"{row['step_seconds']:.3g} s" if "step_seconds" in row else "computed"
+    return f"{settings}: {needed / 1e9:.1f} GB, {how}"
+
+
 # ------- main
 def main(args):
     hide_gpu(args)
-    measure = measure_steps if args.part == "step" else measure_save
+    measure = {"step": measure_steps, "save": measure_save, "fit": measure_fit}[args.part]
     machine = describe_machine(args)
     result = measure(args, TRAINERS[args.method])
     report(args, {"machine": machine, "settings": vars(args)} | result)
@@ -246,11 +333,25 @@ def main(args):
 
 
 # ------- model and data; bench_decode.py also uses what follows
-def random_llada(shape, device, dtype):
-    """A LLaDA with random weights; `shape` is a dict of LLaDAConfig's arguments."""
+def random_model(shape, device, dtype, **changes):
+    """A model of one of SHAPES, with changes, and random weights, that attends to all positions."""
+    kind, arguments = SHAPES[shape]
+    is_llada = kind is LLaDAConfig
+    model_class = LLaDAModelLM if is_llada else MODEL_FOR_CAUSAL_LM_MAPPING[kind]
     torch.manual_seed(0)
     with torch.device(device):
-        return LLaDAModelLM._from_config(LLaDAConfig(**shape), dtype=dtype)
+        model = model_class._from_config(kind(**arguments | changes, use_cache=False), dtype=dtype)
+    if not is_llada:
+        model.forward = partial(attend_to_all, model.forward)
+    return model
+
+
+def attend_to_all(forward, input_ids, **options):
+    """The `forward` of a causal model, without its causal mask."""
+    rows, length = input_ids.shape
+    dtype = forward.__self__.dtype
+    mask = torch.zeros(rows, 1, length, length, dtype=dtype, device=input_ids.device)
+    return forward(input_ids=input_ids, attention_mask=mask, **options)
 
 
 def random_examples(rows, length):
@@ -262,8 +363,8 @@ def random_examples(rows, length):
     return examples
 
 
-def make_constants(args, trainer):
-    """The trainer's constants for this run."""
+def make_constants(args, trainer, **changes):
+    """The trainer's constants for this run, with changes."""
     constants = argparse.Namespace(**trainer.CONSTANTS)
     constants.MAX_LEN = args.length
     constants.MICRO_BSIZE = args.batch
@@ -271,12 +372,13 @@ def make_constants(args, trainer):
     constants.LORA_RANK = args.lora_rank
     constants.COMPILE = "compiled" in args.forms  # take_step runs the other forms without it
     constants.TOTAL_TRAIN_STEPS = args.repeats * (1 + TIMED_STEPS)
+    vars(constants).update(changes)
     return constants
 
 
 def build_model(args, trainer, constants):
-    """The trainer's model with its adapter, on a random LLaDA in the place of MODEL_NAME."""
-    base = random_llada(SHAPES[args.shape], args.device, trainer.compute_dtype())
+    """The trainer's model with its adapter, on a random one in the place of MODEL_NAME."""
+    base = random_model(args.shape, args.device, trainer.compute_dtype())
     return trainer.add_adapter(constants, trainer.prepare_layers(constants, base))
 
 
@@ -293,6 +395,11 @@ def reset_peak():
     deepspeed.get_accelerator().reset_peak_memory_stats()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device):
+    """Bytes of the GPU's memory, or the host's, that were allocated at most since reset_peak."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_host_memory()
 
 
 def peak_host_memory():
@@ -345,7 +452,10 @@ def parse_args(argv=None):
     """The flags; ends with one message and status 2 if one is wrong."""
     parser = suite.make_parser(__doc__)
     add = parser.add_argument
-    add("--part", choices=["step", "save"], default="step", help="what to measure (%(default)s)")
+    add("--part", choices=["step", "save", "fit"], default="step", help="(%(default)s)")
+    add("--fit", dest="part", action="store_const", const="fit", help="the same as --part fit")
+    add("--computed", action="store_true", help="with --fit: take no steps, only compute")
+    add("--rows", type=int, default=32, help="with --fit: rows of an optimizer step (%(default)s)")
     add("--method", choices=["blockwise", "fullseq"], default="blockwise", help="(%(default)s)")
     add("--batch", type=int, default=8, help="rows per step (%(default)s)")
     add("--length", type=int, default=256, help="tokens per row (%(default)s)")
@@ -359,7 +469,7 @@ def parse_args(argv=None):
     add_flags(parser)
     args = parser.parse_args(argv)
     args.forms = args.forms.split(",")
-    suite.check_lowest(parser, args, batch=1, length=2, lora_rank=1, repeats=1)
+    suite.check_lowest(parser, args, batch=1, length=2, lora_rank=1, repeats=1, rows=1)
     known = FORMS + LIFT_FORMS if args.method == "fullseq" else FORMS
     for form in args.forms:
         if form not in known:

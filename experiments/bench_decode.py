@@ -29,9 +29,9 @@ FIRST_ID = 2  # of the prompts' tokens
 
 def measure(args):
     """Median seconds per answer of both ways, and their ratio."""
-    shape = bench.SHAPES[args.shape] | {"vocab_size": args.vocabulary, "mask_token_id": MASK_ID}
+    ids = {"vocab_size": args.vocabulary, "mask_token_id": MASK_ID}
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    model = bench.random_llada(shape, args.device, dtype).eval()
+    model = bench.random_model(args.shape, args.device, dtype, **ids).eval()
     prompts = torch.randint(FIRST_ID, args.vocabulary, (args.batch, args.length // 2))  # (B, P)
     ways = {"one by one": prompts.split(1), "as a batch": [prompts]}
     seconds = {way: [] for way in ways}

@@ -13,6 +13,8 @@ import torch
 from helpers import constants, launch, small_llada
 from suite import ROOT
 
+import train_blockwise
+
 SCRIPT = ROOT / "experiments" / "bench.py"
 VOCABULARY = 100  # ids; the last is [MASK]
 PAD_ID = 98
@@ -66,6 +68,53 @@ def run(*command, folder):
     return launch([sys.executable, *map(str, command)], folder, OMP_NUM_THREADS="1")
 
 
+# ------- shapes, and what fits
+def test_the_shapes_are_those_of_their_models():
+    """Weights in billions, and bidirectional attention in those that are causal elsewhere."""
+    known = {"8b": 8.02, "0.6b": 0.596, "dream-7b": 7.62, "moe-7b": 7.36}
+    for shape, weights in known.items():
+        model = bench.random_model(shape, "meta", torch.bfloat16)
+        assert model.num_parameters() / 1e9 == pytest.approx(weights, rel=0.005)
+    for shape in ("toy", "toy-moe", "0.6b", "dream-7b"):
+        small = {}
+        if shape in ("0.6b", "dream-7b"):
+            small = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 8}
+        model = bench.random_model(shape, "cpu", torch.bfloat16, **small, vocab_size=64)
+        train_blockwise.check_sees_later(SimpleNamespace(MODEL_NAME=shape), model)
+
+
+def test_what_fits_is_the_fastest_setting_that_does():
+    rows = []
+    for checkpointing, size, needed in ((0, 1, 9), (0, 2, 17), (0, 4, 33), (1, 4, 10), (1, 8, 20)):
+        row = {"COMPILE": True, "ACTIVATION_CHECKPOINTING": bool(checkpointing)}
+        rows.append(row | {"MICRO_BSIZE": size, "GRAD_ACC": 32 // size, "computed_bytes": needed})
+    assert bench.describe_fit(rows, 8) == "nothing fits"
+    assert bench.describe_fit(rows, 20).startswith("MICRO_BSIZE 2, GRAD_ACC 16, ACTIVATION_CH")
+    rows[1]["peak_bytes"] = 100  # what was measured counts
+    assert "MICRO_BSIZE 1, " in bench.describe_fit(rows, 20)
+    rows[0]["error"] = "OutOfMemoryError"
+    assert bench.describe_fit(rows, 20).startswith("MICRO_BSIZE 4, GRAD_ACC 8, ACTIVATION_CH")
+    assert bench.describe_fit(rows, 20).endswith("computed")
+    rows[2] |= {"peak_bytes": 11e9, "step_seconds": 0.5}
+    assert bench.describe_fit(rows, 24e9).endswith("False: 11.0 GB, 0.5 s")
+
+
+@pytest.mark.slow
+def test_fit_measures_every_setting(tmp_path):
+    command = [SCRIPT, "--fit", *TINY, "--rows", 4, "--repeats", 1, "--output", "fit.json"]
+    command += ["--shape", "toy-moe"]
+    status, printed = run(*command, folder=tmp_path)
+    assert status == 0, printed
+    rows = list(json.loads((tmp_path / "fit.json").read_text())["rows"].values())
+    assert [row["MICRO_BSIZE"] for row in rows] == [1, 2] * 4
+    for row in rows:
+        assert "error" in row or row["peak_bytes"] > 0 < row["step_seconds"]
+        assert row["computed_bytes"] > 0 and row["MICRO_BSIZE"] * row["GRAD_ACC"] == 4
+    assert not any("error" in row for row in rows if not row["COMPILE"])
+    assert "12 GB: MICRO_BSIZE" in printed and "nothing fits" not in printed
+
+
+# ------- the forms
 def test_both_forms_have_the_same_batches_and_losses(trainer, args):
     run = tiny_run(trainer, args, n_layers=1)
     for draws in run.draws[:, 0, 0]:

@@ -288,6 +288,23 @@ def test_the_loss_is_that_of_the_shifted_logits(trainer, family):
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_layers_that_are_computed_again(trainer, family):
+    """The same loss and gradients: no cache is filled twice."""
+    found = []
+    for checkpointing in (False, True):
+        args = constants_of(trainer, family, ACTIVATION_CHECKPOINTING=checkpointing)
+        model = trainer.build_model(args, "cpu").train()
+        examples = trainer.load_examples(args)
+        draws, _ = trainer.plan(args, trainer.METHOD, examples, 1)
+        torch.manual_seed(3)
+        batch = trainer.make_batch(args, examples, draws[0, 0, 0], 0)
+        loss = trainer.supervised_loss(args, model, *batch)
+        loss.backward()
+        gradients = [x.grad for x in model.parameters() if x.requires_grad]
+        found.append([loss.detach(), *gradients])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def late(model):
     """The model, whose head now predicts at each position the one after it."""
 

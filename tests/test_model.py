@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import decode
@@ -239,7 +240,7 @@ def test_compiled_is_the_same_to_rounding(toy_folder, monkeypatch):
     monkeypatch.setattr(torch, "compile", note)
     args = constants(train_blockwise, toy_folder, LORA_DROPOUT=0.0)
     loss, gradients, kept = loss_and_gradients(train_blockwise, args)
-    assert not compiled  # COMPILE is False
+    assert not compiled  # COMPILE is None, on a CPU
     args.COMPILE = True
     fast_loss, fast_gradients, fast_kept = loss_and_gradients(train_blockwise, args)
     assert len(compiled) == 3  # the layers
@@ -351,6 +352,60 @@ def test_sums_of_gradients_are_float32(trainer, args):
     assert "data_types" not in trainer.ds_config(args, 3)
     args.GRAD_ACC = 2
     assert trainer.ds_config(args, 3)["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+@pytest.mark.parametrize(("device", "default"), [("cpu", False), ("cuda", True)])
+def test_layers_are_compiled_on_a_gpu_unless_told_otherwise(
+    trainer, args, monkeypatch, device, default
+):
+    assert args.COMPILE is None
+    monkeypatch.setattr(trainer.deepspeed.get_accelerator(), "device_name", lambda: device)
+    assert trainer.compiles(args) == default
+    for args.COMPILE in (False, True):
+        assert trainer.compiles(args) == args.COMPILE
+
+
+@pytest.mark.parametrize("demanded", [None, True])
+def test_layers_that_cannot_be_compiled(trainer, args, monkeypatch, capsys, demanded):
+    """The run goes on without, unless COMPILE is True; with the eager losses and gradients."""
+
+    def fail(graph, inputs):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fail))
+    monkeypatch.setattr(trainer, "compiles", lambda _: True)
+    args.COMPILE, args.MASK_ID, args.MAX_LEN = demanded, 7, 12
+    model = trainer.prepare_layers(args, small_llada().train())
+    ids = torch.arange(12)[None]
+    try:
+        if demanded:
+            with pytest.raises(SystemExit, match="COMPILE = True: the layers cannot be compiled"):
+                trainer.warm_up(args, model)
+            return
+        trainer.warm_up(args, model)
+        assert "COMPILE = None: the layers cannot be compiled" in capsys.readouterr().out
+        torch.testing.assert_close(model(input_ids=ids).logits, small_llada()(input_ids=ids).logits)
+    finally:
+        torch.compiler.set_stance("default")
+        torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU, torch.compile needs g++")
+def test_warming_up_compiles_and_leaves_no_gradient(trainer, args):
+    """Later steps of the same shape, forwards and backwards, compile nothing."""
+    args.COMPILE, args.MASK_ID, args.MAX_LEN = True, 7, 12
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = trainer.prepare_layers(args, small_llada().train())
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer.warm_up(args, model)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None and torch.equal(parameter, before[name])
+    model(input_ids=torch.arange(24).view(2, 12)).logits.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.slow

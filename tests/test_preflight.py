@@ -13,9 +13,12 @@ import safetensors
 import torch
 import train_lift
 import train_opdlm
+from accelerate import init_empty_weights
 from helpers import SUITE, TRAINERS, constants, flags, launch, launcher
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from toy_task.llada.configuration_llada import LLaDAConfig
+from toy_task.llada.modeling_llada import LLaDAModelLM
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import train_blockwise
@@ -558,6 +561,69 @@ def test_a_large_model_needs_a_gpu_or_a_word(trainer, args, monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR")
     (problem,) = problems_of(trainer, args)
     assert "no GPU for 8.0 billion weights" in problem and "DS_ACCELERATOR=cpu" in problem
+
+
+def on_a_gpu(trainer, monkeypatch, memory):
+    accelerator = trainer.deepspeed.get_accelerator()
+    monkeypatch.setattr(accelerator, "device_name", lambda: "cuda")
+    monkeypatch.setattr(accelerator, "total_memory", lambda: int(memory), raising=False)
+
+
+@pytest.fixture(scope="module")
+def llada_8b():
+    with init_empty_weights():
+        return LLaDAModelLM(LLaDAConfig())
+
+
+def test_memory_at_llada_8b_is_what_was_measured(trainer, llada_8b, monkeypatch):
+    """On one H200, 32 rows of 256: 79.9 and 80.9 GB, and 60.6 GB compiled (blockwise)."""
+    args = constants(trainer)
+    eager = {"train_blockwise": 79.9e9, "train_fullseq": 80.9e9}[trainer.__name__]
+    assert trainer.count_trained(args, llada_8b) == 335_544_320
+    on_a_gpu(trainer, monkeypatch, 80e9)
+
+    def needed(world_size=1):
+        return trainer.memory_needed(args, trainer.METHOD, llada_8b, world_size)
+
+    args.COMPILE = False
+    assert needed() == pytest.approx(eager, rel=0.03)
+    args.COMPILE = None
+    assert needed() == pytest.approx(eager - 79.9e9 + 60.6e9, rel=0.03)
+    assert needed() - needed(8) == 14 * 335_544_320 * 7 / 8
+
+
+@pytest.mark.parametrize(
+    ("memory", "settings"),
+    [
+        (80e9, None),
+        (40e9, "LORA_RANK 256, ACTIVATION_CHECKPOINTING False, MICRO_BSIZE 8, GRAD_ACC 4"),
+        (24e9, "LORA_RANK 64, ACTIVATION_CHECKPOINTING False, MICRO_BSIZE 2, GRAD_ACC 16"),
+        (12e9, "take a smaller model or a lower MAX_LEN"),
+    ],
+)
+def test_too_little_memory_is_seen_at_once(trainer, llada_8b, monkeypatch, memory, settings):
+    """Where it is certain, with settings that fit."""
+    args = constants(trainer)
+    assert trainer.check_memory(args, trainer.METHOD, llada_8b, 1) == []  # on a CPU
+    on_a_gpu(trainer, monkeypatch, memory)
+    problems = trainer.check_memory(args, trainer.METHOD, llada_8b, 1)
+    if settings is None:
+        assert problems == []
+        return
+    (problem,) = problems
+    assert "MICRO_BSIZE = 32: a step needs about 6" in problem
+    assert f"and the GPU has {memory / 1e9:.0f} GB; {settings}" in problem
+
+
+def test_a_mask_id_that_texts_have(trainer, args, tmp_path):
+    """Where neither configuration nor tokenizer names a mask token, such as an A2D base."""
+    folder = copy_of(args, tmp_path, mask_token_id=None)
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        path.write_text(path.read_text().replace("<|mdm_mask|>", "<|not_named|>"))
+    assert problems_of(trainer, args) == []  # an added token
+    args.MASK_ID = 100
+    problems = problems_of(trainer, args)
+    assert any("and this one is in texts; the first id that is in none is" in x for x in problems)
 
 
 def test_environments_of_no_launcher(trainer, monkeypatch):
