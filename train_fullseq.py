@@ -403,7 +403,7 @@ def init_distributed():
 
 
 @contextmanager
-def faults_in_one_line(remedy="COMPILE, or halve MICRO_BSIZE and double GRAD_ACC"):
+def faults_in_one_line(remedy="or halve MICRO_BSIZE and double GRAD_ACC"):
     """End with one line where memory or the disk fails; `remedy` is for too little memory."""
     try:
         yield
