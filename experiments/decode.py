@@ -29,12 +29,13 @@ import sys
 
 import suite
 import torch
+from decoding.block_causal import decode_blocks
 from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig, logging
 
 import pt
-from train_blockwise import load_whole, logit_shift, mask_token_id
+from train_blockwise import load_whole, logit_shift, logits_at, mask_token_id
 
 BLOCK_LENGTH = 32  # tokens, of a model that says nothing else
 LOGSUMEXP_ROWS = 32  # rows of logits reduced at once: they fit in a CPU's caches
@@ -109,30 +110,50 @@ def decode(
     lengths = prompt_lens + gen_length  # (B, 1)
     generators = make_generators(range(len(prompts)) if seeds is None else seeds, device)
     ends = torch.tensor([eos_id, eot_id], device=device)
-    ended = torch.zeros_like(prompt_lens, dtype=torch.bool)  # (B, 1) True = in an earlier block
     block_steps = steps // (gen_length // block_length)
     num_transfer_tokens = get_num_transfer_tokens(block_length, block_steps, threshold)
 
+    def choose(rows, masked, logits, number):
+        """Tokens (M,) of the masked (R, K) positions, and which to commit, (R, K)."""
+        counts = masked.sum(1).tolist()  # rows of logits per prompt
+        own = [generators[row] for row in rows]
+        if logits_eos_inf:
+            logits[:, eos_id] = -math.inf
+        x0 = sample_tokens(logits, counts, own, temperature)  # (M,)
+        if confidence_eos_eot_inf:
+            logits[:, ends] = -math.inf
+        confidence = score(logits, x0, counts, own, remasking)  # (M,)
+        return x0, most_confident(masked, confidence, num_transfer_tokens[number], threshold)
+
+    if is_block_causal(model):
+        answers, _ = decode_blocks(
+            model,
+            [torch.as_tensor(prompt) for prompt in prompts],
+            gen_length,
+            block_length,
+            mask_id,
+            [eos_id, eot_id],
+            lambda step, logits: choose(step.rows.tolist(), step.masked, logits, step.number),
+            steps=len(num_transfer_tokens),
+            shift=bool(logit_shift(model.config)),
+            callback=callback,
+        )
+        return answers
+
+    ended = torch.zeros_like(prompt_lens, dtype=torch.bool)  # (B, 1) True = in an earlier block
     for start in range(0, gen_length, block_length):
         block = torch.arange(start, start + block_length, device=device)  # (K,)
         active = prompt_lens + block  # (B, K) positions in the canvas
-        for num in num_transfer_tokens:
+        for number in range(len(num_transfer_tokens)):
             masked = (canvas.gather(1, active) == mask_id) & ~ended  # (B, K)
             if not masked.any():
                 break
-            inputs = forward_inputs(model, canvas, prompt_lens, lengths, masked, block_length)
+            inputs = forward_inputs(canvas, lengths, masked)
             if callback is not None:
                 callback(masked.any(1).nonzero()[:, 0].tolist(), inputs["input_ids"])
-            logits = masked_logits(model, inputs, active, masked)  # (M, V)
-            if logits_eos_inf:
-                logits[:, eos_id] = -math.inf
-            counts = masked.sum(1).tolist()  # rows of logits per prompt
-            x0 = sample_tokens(logits, counts, generators, temperature)  # (M,)
-            if confidence_eos_eot_inf:
-                logits[:, ends] = -math.inf
-            confidence = score(logits, x0, counts, generators, remasking)  # (M,)
-            del logits  # the next forward pass needs the memory
-            transfer_index = most_confident(masked, confidence, num, threshold)  # (B, K)
+            x0, transfer_index = choose(
+                range(len(prompts)), masked, masked_logits(model, inputs, active, masked), number
+            )
             commit(canvas, active, masked, x0, transfer_index)
         ended |= torch.isin(canvas.gather(1, active), ends).any(1, keepdim=True)
     return canvas.gather(1, prompt_lens + torch.arange(gen_length, device=device)).cpu()
@@ -177,36 +198,21 @@ def get_num_transfer_tokens(block_length, steps, threshold):
     return [base + 1] * remainder + [base] * (steps - remainder)
 
 
-def forward_inputs(model, canvas, prompt_lens, lengths, masked, block_length):
-    """What the model takes for the R prompts that have a masked position, as a dict.
+def forward_inputs(canvas, lengths, masked):
+    """What the model takes for the R prompts that have a masked (B, K) position, as a dict.
 
-    Args:
-        canvas: (B, L) ids, of which each row has `lengths` (B, 1) tokens, then padding.
-        prompt_lens: (B, 1).
-        masked: (B, K) True = masked.
-        block_length: tokens per block, for a model that attends block by block.
+    Each row of the canvas (B, L) has `lengths` (B, 1) tokens, then padding.
     """
     rows = masked.any(1).nonzero()[:, 0]  # (R,) prompts
     input_ids = canvas[rows, : lengths[rows].max()]  # (R, L)
     columns = torch.arange(input_ids.shape[1], device=canvas.device)  # (L,)
     attended = columns < lengths[rows]  # (R, L)
-    if getattr(config_of(model), "block_causal", None) is None:
-        return {
-            "input_ids": input_ids,
-            "attention_mask": None if attended.all() else attended.long(),
-        }
-    block = torch.div(columns - prompt_lens[rows], block_length, rounding_mode="floor")  # (R, L)
-    sees = (block[:, None] <= block[:, :, None]) & attended[:, None]  # (R, L, L) row sees column
-    sees |= torch.eye(len(columns), dtype=torch.bool, device=canvas.device)  # padding sees itself
-    dtype = model.get_input_embeddings().weight.dtype
-    mask = torch.zeros(sees.shape, dtype=dtype, device=canvas.device)
-    mask = mask.masked_fill(~sees, torch.finfo(dtype).min)
-    return {"input_ids": input_ids, "attention_mask": mask[:, None], "use_cache": False}
+    return {"input_ids": input_ids, "attention_mask": None if attended.all() else attended.long()}
 
 
-def config_of(model):
-    """The configuration of a model; None if it has none."""
-    return getattr(model, "config", None)
+def is_block_causal(model):
+    """Whether a model attends block by block, as train_opdlm.py writes into its configuration."""
+    return getattr(getattr(model, "config", None), "block_causal", None) is not None
 
 
 def masked_logits(model, inputs, active, masked):
@@ -219,22 +225,10 @@ def masked_logits(model, inputs, active, masked):
         active: (B, K) positions of the active blocks.
         masked: (B, K) True = masked.
     """
-    rows = masked.any(1)  # (B,)
-    row = masked[rows].nonzero()[:, 0]  # (M,) of the inputs
-    pos = active[masked]  # (M,)
-    if logit_shift(config_of(model)):
-        pos = pos - 1  # a position is predicted from the one before it
-
-    def select(_, hidden):
-        return hidden[0][row, pos]  # (R, L, D) -> (M, D)
-
-    head = model.get_output_embeddings()
-    if head is model.get_input_embeddings():  # tied: the model applies it without calling it
-        logits = model(**inputs).logits[row, pos]
-    else:
-        with head.register_forward_pre_hook(select):
-            logits = model(**inputs).logits
-    return logits.float()
+    row = masked[masked.any(1)].nonzero()[:, 0]  # (M,) of the inputs
+    shift = logit_shift(getattr(model, "config", None))
+    pos = active[masked] - int(bool(shift))  # (M,)
+    return logits_at(model, row, pos, **inputs).float()
 
 
 def sample_tokens(logits, counts, generators, temperature):

@@ -166,11 +166,12 @@ def reference(
     logits_eos_inf=False,
     confidence_eos_eot_inf=False,
     mask_id=MASK,
+    threshold=None,
 ):
     """LLaDA's decoder as plain loops, for one prompt at temperature 0, in float64."""
     canvas = [*prompt.tolist(), *[mask_id] * gen_length]
     num_blocks = gen_length // block_length
-    steps_per_block = steps // num_blocks
+    steps_per_block = steps // num_blocks if threshold is None else block_length
     for block in range(num_blocks):
         start = len(prompt) + block * block_length
         for step in range(steps_per_block):
@@ -186,7 +187,10 @@ def reference(
             num = block_length // steps_per_block
             if step < block_length % steps_per_block:
                 num += 1
-            for i in by_confidence[:num]:
+            chosen = by_confidence[:num]
+            if threshold is not None:
+                chosen = [i for i in masked if p[i, x0[i]] > threshold] or by_confidence[:1]
+            for i in chosen:
                 canvas[i] = x0[i]
     return torch.tensor(canvas[len(prompt) :])
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from helpers import (
     launch,
     launcher,
     losses,
+    reference,
     small_qwen,
 )
 from peft import LoraConfig, get_peft_model
@@ -271,15 +273,14 @@ def test_rollouts_with_a_cache_are_those_without(args, model, temperature, thres
     args.TEMPERATURE, args.THRESHOLD, args.LOGIT_SHIFT = temperature, threshold, shift
     noise, _ = train_opdlm.draw_noise(args, draws_of(range(4)), 16)
     answers, steps = block_causal.roll_out(args, model, PROMPTS, noise, [AR_EOS])
-    lengths = set()
     for row, prompt in enumerate(PROMPTS):
         tokens, when = plain_rollout(args, model, prompt, noise[row])
-        lengths.add(len(tokens))
         assert answers[row, : len(tokens)].tolist() == tokens
         assert steps[row, : len(when)].tolist() == when
-    assert answers.shape[1] == max(lengths) and AR_MASK not in answers
-    if threshold == 1.0:
-        assert all(sorted(block) == [0, 1, 2, 3] for block in steps.view(-1, 4).tolist())
+        assert (answers[row, len(tokens) :] == AR_MASK).all()  # it has left the batch
+        assert AR_MASK not in tokens
+        if threshold == 1.0:
+            assert sorted(when) == sorted([0, 1, 2, 3] * (len(when) // 4))
     if threshold == 0.0:
         assert not steps.any()
 
@@ -288,17 +289,17 @@ def test_sampling_is_from_the_distribution(args):
     """40,000 draws over a grid of noise: each share within 1e-3 of the probability."""
     torch.manual_seed(6)
     args.TEMPERATURE = 0.7
-    logits = torch.randn(1, 1, AR_VOCABULARY)
-    expected = logits[0, 0].clone()
+    logits = torch.randn(1, AR_VOCABULARY)
+    expected = logits[0].clone()
     expected[AR_MASK] = -torch.inf
     untempered = expected.softmax(0)
     expected = (expected / 0.7).softmax(0)
-    noise = (torch.arange(40_000) + 0.5)[None] / 40_000
-    repeated = logits.expand(1, 40_000, AR_VOCABULARY).clone()
+    noise = (torch.arange(40_000) + 0.5) / 40_000
+    repeated = logits.expand(40_000, AR_VOCABULARY).clone()
     tokens, confidence = block_causal.sample(args, repeated, noise)
-    shares = torch.bincount(tokens[0], minlength=AR_VOCABULARY) / 40_000
+    shares = torch.bincount(tokens, minlength=AR_VOCABULARY) / 40_000
     assert (shares - expected).abs().max() < 1e-3 and shares[AR_MASK] == 0
-    torch.testing.assert_close(confidence[0], untempered[tokens[0]])
+    torch.testing.assert_close(confidence, untempered[tokens])
 
 
 def test_rollouts_grow_in_whole_blocks(args):
@@ -384,16 +385,15 @@ def test_states_are_those_that_the_rollout_met(args, model):
     longest = max(len(prompt) for prompt in PROMPTS)
     shown = {}  # (row, block): canvases
 
-    def note(_, positional, inputs):
-        ids = inputs["input_ids"]
-        if AR_MASK in ids:
-            past = inputs["past_key_values"].get_seq_length() - longest
-            for row, canvas in enumerate(ids.tolist()):
-                shown.setdefault((row, past // 4), set()).add(tuple(canvas))
+    def note(rows, ids):
+        block = (ids.shape[1] - longest) // 4 - 1
+        for row, canvas in zip(rows, ids[:, -4:].tolist(), strict=True):
+            shown.setdefault((row, block), set()).add(tuple(canvas))
 
     noise, _ = train_opdlm.draw_noise(args, draws_of(range(4)), 12)
-    with model.register_forward_pre_hook(note, with_kwargs=True):
-        answers, steps = block_causal.roll_out(args, model, PROMPTS, noise, [AR_EOS])
+    answers, steps = block_causal.roll_out(args, model, PROMPTS, noise, [AR_EOS], note)
+    decoded = {(row, place // 4) for row, place in (answers != AR_MASK).nonzero().tolist()}
+    assert decoded == set(shown)
     blocks = answers.shape[1] // 4
     met = set()
     for share in np.linspace(0, 0.999, 25):
@@ -405,12 +405,13 @@ def test_states_are_those_that_the_rollout_met(args, model):
         for row, block in itertools.product(range(4), range(blocks)):
             canvas = tuple(noisy_ids[row, 4 * block : 4 * block + 4].tolist())
             assert AR_MASK in canvas
-            met.add((row, block, canvas))
+            if (row, block) in decoded:
+                met.add((row, block, canvas))
     # a row whose block is full is shown on while others are decoded: those have no mask
     everything = set()
     for key, canvases in shown.items():
         everything |= {(*key, canvas) for canvas in canvases if AR_MASK in canvas}
-    assert met == everything and len(met) > 4 * blocks
+    assert met == everything and len(met) > len(decoded)
 
 
 def test_what_follows_the_end_is_not_in_the_loss(args):
@@ -464,11 +465,11 @@ def test_answers_that_the_teacher_samples(control, model, full):
         prompt_len, ids = EXAMPLES[DRAWS["sample"][n]]
         so_far = ids[:prompt_len]
         for place in range(answer.answer_len):
-            logits = model(input_ids=so_far[None]).logits[:, -1:]
-            token_noise = noise[n, 0, None, place : place + 1]
-            token, _ = block_causal.sample(control, logits.float(), token_noise)
+            logits = model(input_ids=so_far[None]).logits[:, -1]  # (1, V)
+            token_noise = noise[n, 0, place : place + 1]
+            token, _ = block_causal.sample(control, logits.float(), token_noise)  # (1,)
             assert answer.ids[place] == token
-            so_far = torch.cat([so_far, token[0]])
+            so_far = torch.cat([so_far, token])
         assert answer.answer_len == 16 or answer.ids[answer.answer_len - 1] == AR_EOS
 
 
@@ -559,6 +560,89 @@ def test_all_weights_are_trained(ar_folder, tmp_path):
     tuned = load_file(tmp_path / "full_step0004" / "model.safetensors")
     assert set(base) == set(tuned)
     assert all(not torch.equal(base[name], tuned[name]) for name in base)
+
+
+def ending_often(model):
+    """The model, which now predicts an end about every tenth token, and never [MASK]."""
+
+    def favour(_, inputs, logits):
+        logits = logits.index_fill(-1, torch.tensor([AR_MASK]), -1e4)
+        return logits + 2.5 * (torch.arange(AR_VOCABULARY) == AR_EOS)
+
+    model.get_output_embeddings().register_forward_hook(favour)
+    return model
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(("size", "steps"), [(1, 1), (4, 4), (4, 2), (8, 3), (24, 24)])
+@pytest.mark.parametrize("threshold", [None, 0.3, 0.9])
+def test_decoding_with_the_cache_is_decoding_without(size, steps, threshold, shift):
+    """For prompts of all lengths; answers leave the batch when they have ended."""
+    model = ending_often(small_qwen())
+    model.config.update({"block_causal": size, "logit_shift": shift})
+    torch.manual_seed(4)
+    prompts = [torch.randint(AR_MASK, (length,)) for length in (1, 9, 4, 4, 17, 2)]
+    how = {"gen_length": 24, "block_length": size, "steps": steps * 24 // size}
+    how["threshold"] = threshold
+    sizes = []
+    answers = decode.decode(
+        model,
+        prompts,
+        **how,
+        mask_id=AR_MASK,
+        eos_id=AR_EOS,
+        eot_id=AR_EOS,
+        callback=lambda rows, ids: sizes.append(len(rows)),
+    )
+    if size <= 4:
+        assert sizes[0] == 6 > sizes[-1]
+
+    def predict(prompt_len, input_ids):
+        logits = block_causal_logits(model, input_ids[0], prompt_len, size)[None]
+        return SimpleNamespace(logits=logits.roll(1, dims=1) if shift else logits)
+
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected = reference(partial(predict, len(prompt)), prompt, **how, mask_id=AR_MASK)
+        length = decode.answer_length(expected, AR_EOS, AR_EOS)
+        filled = -(-length // size) * size
+        assert answer[:filled].equal(expected[:filled])
+        assert (answer[filled:] == AR_MASK).all()
+
+
+def test_forward_passes_of_a_block(model):
+    """A step of a block computes the block; its first step also what the last one decoded."""
+    model.config.update({"block_causal": 4})
+    model.get_input_embeddings().weight.data[AR_MASK] = 0
+    queries = []
+
+    def note(_, positional, inputs):
+        queries.append(inputs["input_ids"].shape[1])
+
+    with model.register_forward_pre_hook(note, with_kwargs=True):
+        ids = {"mask_id": AR_MASK, "eos_id": AR_EOS, "eot_id": AR_EOS}
+        how = {"gen_length": 12, "block_length": 4, "steps": 6, "logits_eos_inf": True}
+        decode.decode(model, [torch.arange(1, 6)], **how, **ids)
+    assert queries == [5 + 4, 4, 4 + 4, 4, 4 + 4, 4]
+
+
+def test_a_growing_layer_has_what_was_put_there():
+    layer = block_causal.GrowingLayer()
+    torch.manual_seed(0)
+    columns = torch.randn(2, 3, 2, 40, 5)  # keys and values
+    kept = torch.arange(3)
+    length = 0
+    for added, cropped in ((7, 5), (2, 7), (20, 21), (1, 22), (10, 30)):
+        keys, values = columns[:, kept, :, length : length + added]
+        found = layer.update(keys, values)
+        length += added
+        for one, other in zip(found, columns[:, kept, :, :length], strict=True):
+            assert torch.equal(one, other)
+        assert layer.get_seq_length() == length
+        layer.crop(cropped)
+        length = min(length, cropped)
+        if len(kept) == 3:
+            kept = torch.tensor([2, 0])
+            layer.batch_select_indices(torch.tensor([2, 0]))
 
 
 @pytest.mark.parametrize("shift", [False, True])
