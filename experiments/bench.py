@@ -67,10 +67,13 @@ DREAM = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944}
 DREAM |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
 SMALL = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 3}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 8}
+TINY_QWEN3 = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
+TINY_QWEN3 |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 SHAPES = {  # a configuration's class, and what differs from its defaults
     "toy": (LLaDAConfig, {"d_model": 96, "n_layers": 3, "n_heads": 4, "mlp_hidden_size": 256}),
     "1b": (LLaDAConfig, {"d_model": 2048, "n_layers": 12, "n_heads": 16, "mlp_hidden_size": 6144}),
     "8b": (LLaDAConfig, {}),  # LLaDA's
+    "toy-qwen3": (Qwen3Config, TINY_QWEN3),
     "0.6b": (Qwen3Config, QWEN3),  # A2D's, of Qwen3-0.6B
     "dream-7b": (Qwen2Config, DREAM),
     "moe-7b": (OlmoeConfig, {"vocab_size": 157184, "intermediate_size": 1024}),  # OLMoE's shape
@@ -333,15 +336,16 @@ def main(args):
 
 
 # ------- model and data; bench_decode.py also uses what follows
-def random_model(shape, device, dtype, **changes):
-    """A model of one of SHAPES, with changes, and random weights, that attends to all positions."""
+def random_model(shape, device, dtype, causal=False, **changes):
+    """A model of one of SHAPES, with changes, and random weights, that attends to all positions,
+    or as its code and its caller say."""
     kind, arguments = SHAPES[shape]
     is_llada = kind is LLaDAConfig
     model_class = LLaDAModelLM if is_llada else MODEL_FOR_CAUSAL_LM_MAPPING[kind]
     torch.manual_seed(0)
     with torch.device(device):
         model = model_class._from_config(kind(**arguments | changes, use_cache=False), dtype=dtype)
-    if not is_llada:
+    if not (is_llada or causal):
         model.forward = partial(attend_to_all, model.forward)
     return model
 

@@ -21,6 +21,7 @@ M masked positions in the loss, R rows of a rollout.
 import math
 import os
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -253,13 +254,15 @@ def decode_answers(args, run, teacher, draws, rollout):
     run.model.eval()
     device = run.model.get_input_embeddings().weight.device
     end_ids = decode.end_ids(run.tokenizer)
-    batches = range(0, len(draws), args.ROLLOUT_BSIZE)
-    for first in tqdm(batches, desc="rollout", leave=False, disable=dist.get_rank() != 0):
+    hidden = dist.get_rank() != 0
+    bar = tqdm(total=len(draws), desc="rollout", unit=" answers", leave=False, disable=hidden)
+    for first in range(0, len(draws), args.ROLLOUT_BSIZE):
         batch = draws[first : first + args.ROLLOUT_BSIZE]
         token_noise, block_noise = draw_noise(args, batch, rollout_length(args, rollout))
         prompts = prompts_of(run.examples, batch)
         if args.ANSWERS == "student":
-            ids, steps = roll_out(args, run.model, prompts, token_noise.to(device), end_ids)
+            show = partial(show_progress, bar, first, prompts)
+            ids, steps = roll_out(args, run.model, prompts, token_noise.to(device), end_ids, show)
         elif args.ANSWERS == "teacher":
             with frozen(run.model, teacher) as model:
                 ids = sample_causally(args, model, prompts, token_noise.to(device), end_ids)
@@ -269,8 +272,17 @@ def decode_answers(args, run, teacher, draws, rollout):
             steps = random_steps(args, batch, ids.shape[1])
         for draw, *row in zip(batch["id"], ids, steps, block_noise, strict=True):
             answers[draw] = cut(args, *row, end_ids)
+        bar.update(first + len(batch) - bar.n)
+    bar.close()
     run.model.train()
     return answers
+
+
+def show_progress(bar, first, prompts, rows, ids):
+    """Show the answers that have ended, and the tokens of the others, before a forward pass."""
+    tokens = ids.shape[1] - max(len(prompt) for prompt in prompts)
+    bar.set_postfix(tokens=tokens, decoding=len(rows), refresh=False)
+    bar.update(first + len(prompts) - len(rows) - bar.n)
 
 
 def cut(args, ids, steps, noise, end_ids):
@@ -356,30 +368,37 @@ def main(args, method):
         rollout, update = divmod(step - 1, updates)
         if update == 0:
             draws = run.draws[step - 1 : step - 1 + updates, :, dist.get_rank()].flatten()
+            began = time.monotonic()
             answers = decode_answers(args, run, teacher, draws, rollout)
-            log_rollout(args, run, rollout, answers)
+            log_rollout(args, run, rollout, answers, time.monotonic() - began)
         loss = train_step(args, run, step, partial(micro_batch_loss, args, run, teacher, answers))
         state_every = args.STATE_EVERY and args.STATE_EVERY * updates
         end_step(args, run, step, loss, state_every)
     finish(args, run)
 
 
-def log_rollout(args, run, rollout, answers):
-    """Add a line on this rollout's answers, those of all ranks, to rollouts.csv."""
+def log_rollout(args, run, rollout, answers, seconds):
+    """Add a line on this rollout's answers, those of all ranks, to rollouts.csv.
+
+    `seconds` are those of this rank; the line has the mean of all.
+    """
     end_ids = decode.end_ids(run.tokenizer)
-    sums = torch.zeros(4, device=run.engine.device, dtype=torch.float64)
+    sums = torch.zeros(5, device=run.engine.device, dtype=torch.float64)
+    sums[4] = seconds / dist.get_world_size()
     for answer in answers.values():
         taken = answer.steps.unflatten(0, (-1, args.BLOCK_SIZE)).amax(1) + 1  # per block
         ended = bool(torch.isin(answer.ids, torch.tensor(end_ids)).any())
-        sums += sums.new_tensor([1, answer.answer_len, len(answer.ids) / int(taken.sum()), ended])
+        sums[:3] += sums.new_tensor([1, answer.answer_len, len(answer.ids) / int(taken.sum())])
+        sums[3] += ended
     dist.all_reduce(sums)
     if dist.get_rank() > 0:
         return
     path = run.logs / "rollouts.csv"
-    count, tokens, rates, ended = sums.tolist()
-    header = "rollout,answers,tokens,tokens_per_step,ended\n"
+    count, tokens, rates, ended, seconds = sums.tolist()
+    header = "rollout,answers,tokens,tokens_per_step,ended,seconds\n"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else [header]
-    line = f"{rollout},{count:.0f},{tokens:.0f},{rates / count:.3f},{ended / count:.3f}\n"
+    shares = f"{rates / count:.3f},{ended / count:.3f},{seconds:.1f}"
+    line = f"{rollout},{count:.0f},{tokens:.0f},{shares}\n"
     partial_path = path.with_suffix(".partial")
     partial_path.write_text("".join([*lines[: 1 + rollout], line]))
     os.replace(partial_path, path)

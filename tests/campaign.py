@@ -28,6 +28,7 @@ from helpers import (
     kill,
     launcher,
     ranks_of,
+    timeless,
     user_environment,
 )
 
@@ -135,7 +136,8 @@ def contents(folder):
     for path in Path(folder).rglob("*"):
         name = str(path.relative_to(folder))
         if path.is_file() and not name.startswith(("run_logs/state/", "run_logs/finished/")):
-            digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            content = timeless(path) if path.name == "rollouts.csv" else path.read_bytes()
+            digests[name] = hashlib.sha256(content).hexdigest()
     return digests
 
 

@@ -287,6 +287,11 @@ def losses(logs):
     return [float(row["loss"]) for row in rows]
 
 
+def timeless(rollouts):
+    """The content of a rollouts.csv without its last column, the seconds."""
+    return b"".join(line.rpartition(b",")[0] + b"\n" for line in rollouts.read_bytes().splitlines())
+
+
 def wait_until(condition, run, seconds=200):
     """Wait for what a run, a Popen, is about to do."""
     deadline = time.time() + seconds

@@ -200,10 +200,33 @@ def test_saving(trainer, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def measure_decoding(words):
+    small = "--batch 3 --length 64 --vocabulary 64 --repeats 1".split()
+    return bench_decode.measure(bench_decode.parse_args(small + words.split()))["rows"]
+
+
 def test_decoding_one_by_one_and_as_a_batch():
-    words = "--batch 3 --length 64 --vocabulary 64 --repeats 1".split()
-    one_by_one, batch = bench_decode.measure(bench_decode.parse_args(words))["rows"].values()
+    rows = measure_decoding("--threshold 0.001")
+    one_by_one, batch, threshold = rows["one by one"], rows["as a batch"], rows["threshold"]
     assert batch["speedup"] == one_by_one["seconds_per_answer"] / batch["seconds_per_answer"]
+    assert (one_by_one["forwards"], batch["forwards"]) == (3 * 16, 16)
+    assert threshold["forwards"] < 16  # all tokens are above it
+    assert all(row["tokens_per_second"] > 0 < row["peak_bytes"] for row in rows.values())
+
+
+def test_decoding_without_a_cache_and_with_it(monkeypatch):
+    """The same answers, of as many forward passes."""
+    answers = []
+    decode = bench_decode.decode
+
+    def keep(*prompts, **options):
+        answers.append(decode(*prompts, **options))
+
+    monkeypatch.setattr(bench_decode, "decode", keep)
+    rows = measure_decoding("--shape toy-qwen3 --block_causal 4")
+    assert list(rows) == ["no cache", "cache"]
+    assert [row["forwards"] for row in rows.values()] == [16, 16]
+    assert torch.equal(*answers)
 
 
 BAD = ["--batch 0", "--shape 70b", "--output no/folder/b.json", "--repeats -1", "--local_rank 0"]
@@ -214,7 +237,7 @@ def test_bad_arguments(words, capsys):
     check_refused(bench, words, capsys)
 
 
-@pytest.mark.parametrize("words", [*BAD, "--length 100", "--vocabulary 1"])
+@pytest.mark.parametrize("words", [*BAD, "--length 100", "--vocabulary 1", "--threshold 2"])
 def test_bad_arguments_of_decoding(words, capsys):
     check_refused(bench_decode, words, capsys)
 
