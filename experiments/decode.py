@@ -99,8 +99,8 @@ def decode(
         (B, gen_length) ids on the CPU.
 
     Raises:
-        ValueError: if the lengths and steps do not divide, an option is out of range, or a prompt
-            is empty or contains `mask_id`.
+        ValueError: if the lengths and steps do not divide, an option is out of range, a prompt is
+            empty or contains `mask_id`, or the model cannot be given prompts of several lengths.
     """
     if block_length is None:
         block_length = gen_length
@@ -140,6 +140,8 @@ def decode(
         )
         return answers
 
+    if len(prompt_lens.unique()) > 1 and not heeds_attention_mask(model, prompts[0]):
+        raise ValueError("the model does not heed attention_mask; decode its prompts one by one")
     ended = torch.zeros_like(prompt_lens, dtype=torch.bool)  # (B, 1) True = in an earlier block
     for start in range(0, gen_length, block_length):
         block = torch.arange(start, start + block_length, device=device)  # (K,)
@@ -178,6 +180,24 @@ def make_canvas(prompts, gen_length, mask_id, pad_id, device):
         canvas[number, : len(prompt)] = torch.as_tensor(prompt)
         canvas[number, len(prompt) : len(prompt) + gen_length] = mask_id
     return canvas.to(device), prompt_lens.to(device)
+
+
+@torch.no_grad()
+def heeds_attention_mask(model, prompt):
+    """Whether a prompt's last logits are the same whatever padding is hidden behind it."""
+    device = model.get_input_embeddings().weight.device
+    rows = [[*map(int, prompt), *[pad_id] * 8] for pad_id in (0, 1)]
+    input_ids = torch.tensor(rows, device=device)  # (2, L)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[:, len(prompt) :] = 0
+    row = torch.arange(2, device=device)
+    pos = torch.full_like(row, len(prompt) - 1)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    try:
+        one, other = logits_at(model, row, pos, **inputs).float()  # (V,) each
+    except Exception:  # remote code fails in many ways; it may take no such mask
+        return False
+    return bool((one - other).abs().max() <= 0.01 * one.abs().median())  # not if there is NaN
 
 
 def make_generators(seeds, device):

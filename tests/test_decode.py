@@ -443,7 +443,23 @@ def test_only_masked_positions_go_through_the_head():
     model.get_output_embeddings().register_forward_hook(note)
     options = {"gen_length": 4, "block_length": 4, "steps": 4, "logits_eos_inf": True, **IDS}
     decode.decode(model, prompts, **options)
-    assert shapes == [((2 * left, VOCABULARY), False) for left in (4, 3, 2, 1)]
+    rows = [2, *(2 * left for left in (4, 3, 2, 1))]  # the first asks whether padding is hidden
+    assert shapes == [((count, VOCABULARY), False) for count in rows]
+
+
+def test_a_model_that_does_not_heed_the_mask_of_padding():
+    """Its answers to prompts of several lengths would depend on each other."""
+    model = without_mask(small_llada(4))
+    forward = model.forward
+    model.forward = lambda input_ids, attention_mask=None: forward(input_ids=input_ids)
+    prompts = prompts_of(torch.Generator().manual_seed(4), 3, 9, 9)
+    options = {"gen_length": 4, "block_length": 4, "steps": 4, **IDS}
+    with pytest.raises(ValueError, match="does not heed attention_mask; decode its prompts one by"):
+        decode.decode(model, prompts, **options)
+    assert len(decode.decode(model, prompts[1:], **options)) == 2
+    model.forward = lambda input_ids: forward(input_ids=input_ids)  # takes none at all
+    with pytest.raises(ValueError, match="does not heed attention_mask"):
+        decode.decode(model, prompts, **options)
 
 
 # -------------------------------------------------------------------- mistakes, and the command
