@@ -470,15 +470,20 @@ def load_model(args, device):
         sys.exit(f"MODEL_NAME = {args.MODEL_NAME!r}: its weights cannot be loaded ({error!s:.300})")
 
 
-def load_whole(name, revision, **options):
+def load_whole(name, revision, kind=None, **options):
     """A model with the options of `from_pretrained`; ValueError if some of its weights are missing.
 
-    Dream's own `from_pretrained` adds what generation needs, and does not say what is missing.
+    `kind` is its class, if not its own. Dream's own `from_pretrained` adds what generation needs,
+    and does not say what is missing.
     """
-    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
+    if kind is None:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
+        kind = model_class(name, revision, config)
+    else:
+        config = kind.config_class.from_pretrained(name, revision=revision)
     from_pretrained = PreTrainedModel.from_pretrained.__func__
     options |= {"config": config, "revision": revision, "output_loading_info": True}
-    model, info = from_pretrained(model_class(name, revision, config), name, **options)
+    model, info = from_pretrained(kind, name, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would only warn
         raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
     model.config.use_cache = False  # which a layer that is computed again would fill twice

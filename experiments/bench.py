@@ -71,6 +71,7 @@ TINY_QWEN3 = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers":
 TINY_QWEN3 |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 SHAPES = {  # a configuration's class, and what differs from its defaults
     "toy": (LLaDAConfig, {"d_model": 96, "n_layers": 3, "n_heads": 4, "mlp_hidden_size": 256}),
+    "small": (LLaDAConfig, {"d_model": 512, "n_layers": 8, "n_heads": 8, "mlp_hidden_size": 1536}),
     "1b": (LLaDAConfig, {"d_model": 2048, "n_layers": 12, "n_heads": 16, "mlp_hidden_size": 6144}),
     "8b": (LLaDAConfig, {}),  # LLaDA's
     "toy-qwen3": (Qwen3Config, TINY_QWEN3),

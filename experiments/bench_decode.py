@@ -4,7 +4,8 @@
     python experiments/bench_decode.py --batch 16 --vocabulary 64    # hardly any work in the head
     python experiments/bench_decode.py --shape toy-qwen3 --block_causal 4 --batch 4 --length 1024
 
-    one by one, as a batch       --steps of two tokens
+    one by one, as a batch       two tokens per step
+    prefix, dual                 a batch with these caches, which are approximate
     threshold                    a batch, with --threshold
     no cache, cache              with --block_causal: a batch, whole canvases or a block at a time
 
@@ -24,6 +25,7 @@ import suite
 import torch
 from decode import decode
 from decoding.block_causal import additive_mask
+from decoding.key_values import KINDS
 from toy_task.llada.configuration_llada import LLaDAConfig
 from tqdm import tqdm
 
@@ -43,6 +45,9 @@ def measure(args):
     model.config.block_causal = args.block_causal
     prompts = torch.randint(FIRST_ID, args.vocabulary, (args.batch, args.length // 2))  # (B, P)
     ways = {"one by one": (model, prompts.split(1), {}), "as a batch": (model, [prompts], {})}
+    is_llada = bench.SHAPES[args.shape][0] is LLaDAConfig
+    for kind in KINDS if is_llada else ():
+        ways[kind] = (model, [prompts], {"cache": kind})
     if args.threshold is not None:
         ways["threshold"] = (model, [prompts], {"threshold": args.threshold})
     if causal:

@@ -30,7 +30,9 @@ import sys
 import suite
 import torch
 from decoding.block_causal import decode_blocks
+from decoding.key_values import KINDS, KeyValues, window
 from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from toy_task.llada.modeling_llada import LLaDAModelLM
 from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig, logging
 
@@ -49,6 +51,8 @@ OPTIONS = (  # the flags that are keyword arguments of `decode`
     "threshold",
     "logits_eos_inf",
     "confidence_eos_eot_inf",
+    "cache",
+    "refresh",
 )
 
 
@@ -66,6 +70,8 @@ def decode(
     threshold=None,
     logits_eos_inf=False,
     confidence_eos_eot_inf=False,
+    cache=None,
+    refresh=None,
     mask_id,
     eos_id,
     eot_id,
@@ -90,6 +96,11 @@ def decode(
         confidence_eos_eot_inf: with "low_confidence", the logits of `eos_id` and `eot_id` are -inf
             in the softmax of the confidences. End tokens then have probability 0 and are committed
             last in their block; other tokens have their probability among the other tokens.
+        cache: "prefix" or "dual" keeps keys and values while a block is decoded, which is
+            approximate, see decoding/key_values.py; for this suite's LLaDA. A model that attends
+            block by block has its exact cache without.
+        refresh: steps of a block between two passes over the whole canvas, with a cache; None: only
+            at the first.
         mask_id, eos_id, eot_id: of [MASK] and of the tokens that end an answer, see `special_ids`.
         seeds: B ints, for the noise and random remasking; None: 0, 1, 2, ...
         callback: called before each forward pass with the numbers of its prompts, a list of R
@@ -104,7 +115,9 @@ def decode(
     """
     if block_length is None:
         block_length = gen_length
-    check_options(gen_length, block_length, steps, temperature, remasking, threshold)
+    check_options(
+        gen_length, block_length, steps, temperature, remasking, threshold, cache, refresh
+    )
     device = model.get_input_embeddings().weight.device
     canvas, prompt_lens = make_canvas(prompts, gen_length, mask_id, eos_id, device)
     lengths = prompt_lens + gen_length  # (B, 1)
@@ -150,12 +163,20 @@ def decode(
             masked = (canvas.gather(1, active) == mask_id) & ~ended  # (B, K)
             if not masked.any():
                 break
-            inputs = forward_inputs(canvas, lengths, masked)
+            if cache is None or number % (refresh or block_length) == 0:
+                inputs = forward_inputs(canvas, lengths, masked)
+                first = 0  # column of the canvas that the model is given first
+                if cache is not None:
+                    store = KeyValues(masked.any(1).nonzero()[:, 0])
+                    inputs["key_values"] = store
+            else:
+                inputs = window(store, cache, canvas, prompt_lens, lengths, masked, start)
+                first = prompt_lens + start  # (B, 1)
             if callback is not None:
                 callback(masked.any(1).nonzero()[:, 0].tolist(), inputs["input_ids"])
-            x0, transfer_index = choose(
-                range(len(prompts)), masked, masked_logits(model, inputs, active, masked), number
-            )
+            logits = masked_logits(model, inputs, active - first, masked)  # (M, V)
+            x0, transfer_index = choose(range(len(prompts)), masked, logits, number)
+            del logits  # the next forward pass needs the memory
             commit(canvas, active, masked, x0, transfer_index)
         ended |= torch.isin(canvas.gather(1, active), ends).any(1, keepdim=True)
     return canvas.gather(1, prompt_lens + torch.arange(gen_length, device=device)).cpu()
@@ -242,7 +263,7 @@ def masked_logits(model, inputs, active, masked):
 
     Args:
         inputs: of the R prompts with a masked position, see `forward_inputs`.
-        active: (B, K) positions of the active blocks.
+        active: (B, K) columns of the active blocks in the inputs.
         masked: (B, K) True = masked.
     """
     row = masked[masked.any(1)].nonzero()[:, 0]  # (M,) of the inputs
@@ -339,7 +360,8 @@ def main(args):
     tokenizer = pt.load_tokenizer(*base_of(args.model, args.model_revision))
     prompts = encode_prompts(tokenizer, [args.prompt])
     options = decode_options(args, read_config(*base_of(args.model, args.model_revision)))
-    model = load_model(args.model, args.model_revision, args.device, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    model = load_model(args.model, args.model_revision, args.device, dtype, args.cache)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = special_ids(args.model, model.config, tokenizer, vocabulary)
     check_block_length(args.model, model.config, options["block_length"])
@@ -488,15 +510,18 @@ def read_config(name, revision):
         sys.exit(f"--model {name} cannot be loaded ({why}); give a hub id or a model folder")
 
 
-def load_model(name, revision="main", device="cpu", dtype=torch.float32):
+def load_model(name, revision="main", device="cpu", dtype=torch.float32, cache=None):
     """A checkpoint, a base model, or a base with an adapter merged, for decoding, on `device`.
+
+    With a `cache`, LLaDA's weights in this suite's LLaDA, whose code takes one.
 
     Raises:
         SystemExit: if it cannot be loaded, lacks weights, or the adapter is not the base's.
     """
     base, revision = base_of(name, revision)
     try:
-        model = load_whole(base, revision, dtype=dtype, device_map={"": device})
+        kind = None if cache is None else LLaDAModelLM
+        model = load_whole(base, revision, kind, dtype=dtype, device_map={"": device})
         if base != name:
             model = merge_adapter(model, name, base, device)
     except torch.OutOfMemoryError:
@@ -622,6 +647,10 @@ def add_decoding_flags(parser):
     add("--logits_eos_inf", action="store_true", help="never predict <|endoftext|>")
     last = "with low_confidence: commit end tokens last in their block"
     add("--confidence_eos_eot_inf", action="store_true", help=last)
+    cache = "keep keys and values in a block, for LLaDA; approximate (off)"
+    add("--cache", choices=KINDS, help=cache)
+    refresh = "with --cache: steps between passes over the whole canvas (once per block)"
+    add("--refresh", type=int, metavar="STEPS", help=refresh)
     add("--seed", type=int, default=0, help="of noise and random remasking (%(default)s)")
 
 
@@ -647,6 +676,9 @@ def decode_options(args, config):
         SystemExit: if they do not fit together.
     """
     options = {name: getattr(args, name) for name in OPTIONS}
+    is_llada = getattr(config, "model_type", None) == "llada"
+    if args.cache is not None and not is_llada:
+        sys.exit(f"--cache {args.cache}: only for LLaDA, not a {config.model_type}; leave it out")
     if args.block_length is None:
         options["block_length"] = getattr(config, "block_causal", None) or BLOCK_LENGTH
     elif args.block_length == 0:
@@ -658,7 +690,9 @@ def decode_options(args, config):
     return options
 
 
-def check_options(gen_length, block_length, steps, temperature, remasking, threshold, **_):
+def check_options(
+    gen_length, block_length, steps, temperature, remasking, threshold, cache, refresh, **_
+):
     """Check the options of a decoding; the others have no limits.
 
     Raises:
@@ -681,6 +715,10 @@ def check_options(gen_length, block_length, steps, temperature, remasking, thres
         raise ValueError(f"remasking {remasking!r} must be one of {', '.join(REMASKING)}")
     if threshold is not None and not 0 < threshold < 1:
         raise ValueError(f"threshold {threshold} must be between 0 and 1")
+    if cache is not None and cache not in KINDS:
+        raise ValueError(f"cache {cache!r} must be one of {', '.join(KINDS)}")
+    if refresh is not None and (cache is None or refresh < 1):
+        raise ValueError(f"refresh {refresh} must be 1 or more, and needs a cache")
     if threshold is not None and remasking != "low_confidence":
         raise ValueError(f"threshold {threshold} needs remasking low_confidence, not {remasking}")
 

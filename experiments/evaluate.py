@@ -127,7 +127,8 @@ class BlockDecoder(LM):
         missing = [path for path in share if not path.exists()]
         if missing:
             dtype = getattr(torch, args.dtype)
-            model = decode.load_model(args.model, args.model_revision, args.device, dtype)
+            how = args.model_revision, args.device, dtype, args.cache
+            model = decode.load_model(args.model, *how)
             check_padding(args, model, prompts)
         bar = tqdm(share, unit=" batches", desc="generate")
         for path in bar:

@@ -207,6 +207,7 @@ def measure_decoding(words):
 
 def test_decoding_one_by_one_and_as_a_batch():
     rows = measure_decoding("--threshold 0.001")
+    assert list(rows) == ["one by one", "as a batch", "prefix", "dual", "threshold"]
     one_by_one, batch, threshold = rows["one by one"], rows["as a batch"], rows["threshold"]
     assert batch["speedup"] == one_by_one["seconds_per_answer"] / batch["seconds_per_answer"]
     assert (one_by_one["forwards"], batch["forwards"]) == (3 * 16, 16)

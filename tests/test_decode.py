@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import decode
 import pytest
 import torch
+from decoding.key_values import KeyValues, window
 from helpers import (
     EOS,
     EOT,
@@ -27,7 +28,9 @@ from helpers import (
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
+from torch.nn.functional import silu
 from toy_task import chains
+from toy_task.llada.modeling_llada import rotary_angles, rotate
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 import pt
@@ -608,3 +611,125 @@ def test_the_dtype_on_a_cpu(device, dtype, expected, capsys, monkeypatch):
     assert (args.device, args.dtype) == ("cpu", expected)
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == (1 if expected == "bfloat16" else 0)
+
+
+# ------------------------------------------------------------------------------------- the caches
+
+
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_cache_that_is_refreshed_at_every_step_is_exact(kind, seed):
+    model = without_mask(small_llada(seed))
+    prompts = prompts_of(torch.Generator().manual_seed(seed), 3, 9, 1, 9)
+    for size, steps in ((4, 12), (6, 4), (12, 5)):
+        how = {"gen_length": 12, "block_length": size, "steps": steps, **IDS}
+        expected = decode.decode(model, prompts, **how)
+        assert decode.decode(model, prompts, **how, cache=kind, refresh=1).equal(expected)
+
+
+def heads_of(projected, heads):
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+@torch.no_grad()
+def kept_block(model, prompt, canvas, columns):
+    """The logits (W, V) of the last pass in plain loops over layers, for one prompt.
+
+    All keys and values are those of `canvas` (L,), but those of `columns` (W,), whose ids are the
+    ones of `prompt` (L,).
+    """
+    inner = model.model
+    angles = rotary_angles(len(canvas), model.config, "cpu")
+    x = inner.transformer.wte(canvas)[None]  # (1, L, D)
+    own = inner.transformer.wte(prompt[columns])[None]  # (1, W, D)
+    for block in inner.transformer.blocks:
+        old, new = block.attn_norm(x), block.attn_norm(own)
+        keys = rotate(heads_of(block.k_proj(old), block.n_kv_heads), angles)
+        values = heads_of(block.v_proj(old), block.n_kv_heads)
+        new_keys = heads_of(block.k_proj(new), block.n_kv_heads)
+        keys[:, :, columns] = rotate(new_keys, angles[columns])
+        values[:, :, columns] = heads_of(block.v_proj(new), block.n_kv_heads)
+        queries = rotate(heads_of(block.q_proj(new), block.n_heads), angles[columns])
+        weights = (queries @ keys.mT / queries.shape[-1] ** 0.5).softmax(-1)
+        x = block(x, angles)  # as it was when it was kept
+        own = own + block.attn_out((weights @ values).transpose(1, 2).flatten(2))
+        hidden = block.ff_norm(own)
+        own = own + block.ff_out(silu(block.ff_proj(hidden)) * block.up_proj(hidden))
+    return inner.transformer.ff_out(inner.transformer.ln_f(own))[0]
+
+
+@pytest.mark.parametrize(("kind", "width"), [("prefix", 8), ("dual", 4)])
+def test_a_step_with_a_cache_is_that_of_its_definition(kind, width):
+    """Two rows of other lengths: a block of 4 at token 4 of an answer of 12, after some commits."""
+    model = small_llada(2)
+    rng = torch.Generator().manual_seed(2)
+    prompts = prompts_of(rng, 5, 9)
+    before, prompt_lens = decode.make_canvas(prompts, 12, MASK, EOS, "cpu")
+    for row, prompt in enumerate(prompts):
+        before[row, len(prompt) : len(prompt) + 4] = prompts_of(rng, 4)[0]
+    lengths = prompt_lens + 12
+    masked = torch.ones(2, 4, dtype=torch.bool)
+    store = KeyValues(torch.arange(2))
+    model(**decode.forward_inputs(before, lengths, masked), key_values=store)
+    after = before.clone()
+    for row, prompt in enumerate(prompts):
+        after[row, len(prompt) + 4 : len(prompt) + 6] = prompts_of(rng, 2)[0]
+    for rows in ([0, 1], [1]):  # all of it, and what is left of the batch
+        left = masked & torch.isin(torch.arange(2), torch.tensor(rows))[:, None]
+        inputs = window(store, kind, after, prompt_lens, lengths, left, 4)
+        assert inputs["input_ids"].shape == (len(rows), width)
+        logits = model(**inputs).logits
+        for row, own in zip(rows, logits, strict=True):
+            first, end = int(prompt_lens[row]) + 4, int(lengths[row])
+            columns = torch.arange(first, first + width)
+            expected = kept_block(model, after[row, :end], before[row, :end], columns)
+            torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "widths"), [("prefix", [12, 8, 4]), ("dual", [4, 4, 4])])
+def test_what_a_cache_computes(kind, widths):
+    """Whole canvases at the first step of each block, and after every `refresh` steps."""
+    model = without_mask(small_llada(3))
+    (prompt,) = prompts_of(torch.Generator().manual_seed(3), 6)
+    for refresh in (None, 2):
+        seen = []
+        how = {"gen_length": 12, "block_length": 4, "steps": 12, "logits_eos_inf": True}
+        decode.decode(
+            model,
+            [prompt],
+            **how,
+            **IDS,
+            cache=kind,
+            refresh=refresh,
+            callback=lambda _, ids, seen=seen: seen.append(ids.shape[1]),
+        )
+        expected = []
+        for width in widths:
+            expected += [18, width, width, width] if refresh is None else [18, width, 18, width]
+        assert seen == expected
+
+
+def test_a_cache_is_for_llada(tmp_path, toy_folder):
+    config = SimpleNamespace(model_type="Dream")
+    args = decode.parse_args(["--model", "m", "--prompt", "p", "--cache", "dual"])
+    with pytest.raises(SystemExit, match="--cache dual: only for LLaDA, not a Dream"):
+        decode.decode_options(args, config)
+    with pytest.raises(ValueError, match="refresh 3 must be 1 or more, and needs a cache"):
+        decode.decode(None, [[1]], gen_length=4, block_length=4, steps=4, refresh=3, **IDS)
+    with pytest.raises(ValueError, match="cache 'all' must be one of prefix, dual"):
+        decode.decode(None, [[1]], gen_length=4, block_length=4, steps=4, cache="all", **IDS)
+
+
+def test_llada_loads_without_its_code(toy_folder, tmp_path):
+    """With a cache, in this suite's LLaDA: the same weights and logits, no remote code."""
+    folder = tmp_path / "model"
+    shutil.copytree(toy_folder / "model", folder)
+    for code in folder.glob("*.py"):
+        code.write_text("raise RuntimeError('remote code has run')")
+    config = json.loads((folder / "config.json").read_text())
+    del config["tie_word_embeddings"]  # LLaDA's own says weight_tying instead
+    (folder / "config.json").write_text(json.dumps(config))
+    own = decode.load_model(str(folder), cache="dual")
+    theirs = decode.load_model(str(toy_folder / "model"))
+    ids = torch.arange(20)[None]
+    assert torch.equal(own(input_ids=ids).logits, theirs(input_ids=ids).logits)

@@ -7,6 +7,8 @@ Loaded with `trust_remote_code=True`, as the real one is.
 Shapes: B batch, L length, D width, H heads, K head width, V rows of embedding and head.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention, silu
@@ -38,7 +40,10 @@ def rotary_angles(length, config, device):
 
 
 def rotate(x, angles):
-    """Turns the pairs (x_i, x_{i + K/2}) of x (B, H, L, K) by `angles` (L, K), in float32."""
+    """Turns the pairs (x_i, x_{i + K/2}) of x (B, H, L, K) by `angles`, in float32.
+
+    These are (L, K), or (B, 1, L, K).
+    """
     left, right = x.float().chunk(2, dim=-1)
     turned = torch.cat((-right, left), dim=-1)
     return (x.float() * angles.cos() + turned * angles.sin()).to(x.dtype)
@@ -61,22 +66,27 @@ class LLaDALlamaBlock(nn.Module):
         self.up_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(config.mlp_hidden_size, width, bias=False)
 
-    def attention(self, x, angles, bias):
-        """x (B, L, D), angles (L, K), bias broadcastable to (B, H, L, L) or None -> (B, L, D)."""
+    def attention(self, x, angles, bias, keep):
+        """x (B, L, D), angles (L, K), bias broadcastable to (B, H, L, L) or None -> (B, L, D).
+
+        `keep` takes the keys and values of x and returns those to attend to; None: the same.
+        """
         q = self.q_proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, L, K)
         k = self.k_proj(x).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
         if self.n_kv_heads != self.n_heads:
             k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k, v))
         q, k = rotate(q, angles), rotate(k, angles)
+        if keep is not None:
+            k, v = keep(k, v)
         return (
             scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=False)
             .transpose(1, 2)
             .flatten(2)
         )
 
-    def forward(self, x, angles, bias=None):
-        x = x + self.attn_out(self.attention(self.attn_norm(x), angles, bias))
+    def forward(self, x, angles, bias=None, keep=None):
+        x = x + self.attn_out(self.attention(self.attn_norm(x), angles, bias, keep))
         h = self.ff_norm(x)
         return x + self.ff_out(silu(self.ff_proj(h)) * self.up_proj(h))
 
@@ -97,7 +107,15 @@ class LLaDAModel(nn.Module):
             }
         )
 
-    def forward(self, input_ids, inputs_embeds=None, attention_mask=None, attention_bias=None):
+    def forward(
+        self,
+        input_ids,
+        inputs_embeds=None,
+        attention_mask=None,
+        attention_bias=None,
+        position_ids=None,
+        key_values=None,
+    ):
         """-> logits (B, L, V), and the hidden states that go into the head (B, L, D)."""
         x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, L, D)
         bias = None if attention_bias is None else attention_bias.to(x.dtype)
@@ -107,10 +125,16 @@ class LLaDAModel(nn.Module):
                 :, None, None
             ]
             bias = hidden_keys if bias is None else bias + hidden_keys
-        angles = rotary_angles(x.shape[1], self.config, x.device)
+        columns = x.shape[1] if position_ids is None else attention_mask.shape[1]
+        angles = rotary_angles(columns, self.config, x.device)
+        if position_ids is not None:
+            angles = angles[position_ids][:, None]  # (B, 1, L, K)
         x = self.transformer.emb_drop(x)
-        for block in self.transformer.blocks:
-            x = block(x, angles, bias)
+        for number, block in enumerate(self.transformer.blocks):
+            if key_values is None:
+                x = block(x, angles, bias)
+            else:
+                x = block(x, angles, bias, partial(key_values.update, number))
         x = self.transformer.ln_f(x)
         return self.transformer.ff_out(x), x
 
@@ -156,6 +180,8 @@ class LLaDAModelLM(PreTrainedModel):
         output_hidden_states=None,
         return_dict=None,
         cache_position=None,
+        position_ids=None,
+        key_values=None,
     ):
         """Logits of every position, from every position.
 
@@ -163,6 +189,10 @@ class LLaDAModelLM(PreTrainedModel):
             input_ids: (B, L), or `inputs_embeds` (B, L, D) instead.
             attention_mask: (B, L), 0 hides a key from all queries.
             attention_bias: added to the attention scores, broadcastable to (B, H, L, L).
+            position_ids: (B, L) of the inputs, which are then a part of the columns that
+                attention_mask is about.
+            key_values: its `update` takes a layer's number, and the keys and values of the inputs,
+                and returns those to attend to.
 
         Returns:
             `CausalLMOutputWithPast` with `logits` (B, L, V).
@@ -174,7 +204,9 @@ class LLaDAModelLM(PreTrainedModel):
             raise ValueError(
                 "this LLaDA has no cache, no loss of its own and returns no attention weights"
             )
-        logits, hidden = self.model(input_ids, inputs_embeds, attention_mask, attention_bias)
+        logits, hidden = self.model(
+            input_ids, inputs_embeds, attention_mask, attention_bias, position_ids, key_values
+        )
         hidden_states = (hidden,) if output_hidden_states else None
         output = CausalLMOutputWithPast(logits=logits, hidden_states=hidden_states)
         return output.to_tuple() if return_dict is False else output
