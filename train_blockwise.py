@@ -578,7 +578,8 @@ def warm_up(args, model):
         what = f"COMPILE = {args.COMPILE}: the layers cannot be compiled ({error!s:.200})"
         if args.COMPILE:
             sys.exit(f"{what}; set it to False")
-        print(f"{what}; the run goes on without")
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{what}; the run goes on without")
         torch.compiler.set_stance("force_eager")
 
 
@@ -607,7 +608,8 @@ def add_adapter(args, model):
 
 def lora_targets(args, model):
     """The linear layers whose names end in one of TARGET_MODS, never the LM head."""
-    return [name for target in args.TARGET_MODS for name in layers_of(model, target)]
+    names = [name for target in args.TARGET_MODS for name in layers_of(model, target)]
+    return list(dict.fromkeys(names))  # two targets may name one layer
 
 
 def layers_of(model, target):
@@ -922,7 +924,8 @@ def check_mask_id(args, model, tokenizer):
     vocabulary = model.get_input_embeddings().num_embeddings
     own = mask_token_id(model.config, tokenizer)
     if own not in (None, args.MASK_ID) or vocabulary <= args.MASK_ID:
-        what = f"{args.MODEL_NAME} has {vocabulary} ids, its mask token is {own or 'unknown'}"
+        named = "unknown" if own is None else own
+        what = f"{args.MODEL_NAME} has {vocabulary} ids, its mask token is {named}"
         return [f"MASK_ID = {args.MASK_ID}: {what}"]
     texts_have_it = args.MASK_ID < len(tokenizer)
     if own is None and texts_have_it and args.MASK_ID not in tokenizer.added_tokens_decoder:
