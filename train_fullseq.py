@@ -505,7 +505,9 @@ def model_class(name, revision, config):
 def empty_model(name, revision, config):
     """The model without its weights, on the meta device."""
     with init_empty_weights():
-        return model_class(name, revision, config)(config)
+        model = model_class(name, revision, config)(config)
+    model.tie_weights()  # which it undoes
+    return model
 
 
 def mask_token_id(config, tokenizer):
@@ -607,7 +609,7 @@ def layers_of(model, target):
     for name, module in model.named_modules():
         short = re.sub(r"\.experts\.\d+\.", ".experts.", f".{name}")
         fits = short.endswith(f".{target}") and type(module) is torch.nn.Linear
-        if fits and module is not head and (".experts." in short) == ("experts." in target):
+        if fits and module is not head and (".experts." in short) == (".experts." in f".{target}"):
             names.append(name)
     return names
 
@@ -649,7 +651,9 @@ def save_frame(args, config, tokenizer, folder):
     of the model's folder, and would fail where it is read-only.
     """
     tokenizer.save_pretrained(folder)
+    source = Path(cached_file(args.MODEL_NAME, "config.json", revision=args.MODEL_REVISION)).parent
     config = deepcopy(config)
+    config.use_cache = json.loads((source / "config.json").read_text()).get("use_cache", True)
     config.dtype = torch.bfloat16  # not that of the computation
     config.update({"mask_token_id": args.MASK_ID, "logit_shift": args.LOGIT_SHIFT})
     config.to_json_file(folder / "config.json")
@@ -659,7 +663,6 @@ def save_frame(args, config, tokenizer, folder):
             auto_map = json.dumps(content["auto_map"])
             content["auto_map"] = json.loads(re.sub(r'"[^"]*--', '"', auto_map))
             write_json(path, content)
-    source = Path(cached_file(args.MODEL_NAME, "config.json", revision=args.MODEL_REVISION)).parent
     for path in [*source.glob("*.py"), *source.glob("generation_config.json")]:
         (folder / path.name).unlink(missing_ok=True)  # what the tokenizer copied may be read-only
         (folder / path.name).write_bytes(path.read_bytes())
@@ -879,6 +882,9 @@ def preflight(args, method, world_size):
         problems += check_examples(args, method, examples, world_size, model, tokenizer)
         problems += method.check_model(args, model, tokenizer)
         problems += check_memory(args, method, model, world_size)
+        if world_size > 1 and any(".experts." in f".{target}" for target in args.TARGET_MODS):
+            why = "ranks whose tokens meet other experts would mix up their gradients"
+            problems.append(f"TARGET_MODS = {args.TARGET_MODS}: {why}; train experts on one GPU")
         problems += check_saving(args, method, examples, world_size, model, tokenizer)
     return problems
 
@@ -945,7 +951,7 @@ def memory_needed(args, method, model, world_size):
     per_token = sum(kept)
     if args.ACTIVATION_CHECKPOINTING:
         per_token = max(kept, default=0) + 2 * width * len(kept)
-    supervised = getattr(args, "BLOCK_SIZE", args.MAX_LEN // 2) / 2  # tokens of a row
+    supervised = min(getattr(args, "BLOCK_SIZE", args.MAX_LEN), args.MAX_LEN // 2) / 2  # of a row
     rows = args.MICRO_BSIZE * (args.MAX_LEN * per_token + 4 * supervised * vocabulary)
     sharded = (14 + 4 * (args.GRAD_ACC > 1)) * trained / world_size
     return 2 * model.num_parameters() + 2 * trained + sharded + rows + 0.8e9

@@ -351,8 +351,8 @@ def random_model(shape, device, dtype, causal=False, **changes):
     return model
 
 
-def attend_to_all(forward, input_ids, **options):
-    """The `forward` of a causal model, without its causal mask."""
+def attend_to_all(forward, input_ids, attention_mask=None, **options):
+    """The `forward` of a causal model, without its causal mask or any other."""
     rows, length = input_ids.shape
     dtype = forward.__self__.dtype
     mask = torch.zeros(rows, 1, length, length, dtype=dtype, device=input_ids.device)

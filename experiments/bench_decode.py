@@ -137,8 +137,12 @@ def parse_args(argv=None):
     bench.add_flags(parser)
     args = parser.parse_args(argv)
     suite.check_lowest(parser, args, batch=1, length=64, vocabulary=8, repeats=1)
-    size = args.block_causal or BLOCK_LENGTH
-    if size < 1 or args.length % (2 * size) or size % TOKENS_PER_STEP:
+    size = BLOCK_LENGTH if args.block_causal is None else args.block_causal
+    if args.block_causal is not None and args.threshold is not None:
+        parser.error(f"--threshold {args.threshold}: not with --block_causal")
+    if size < 1:
+        parser.error(f"--block_causal {size}: must be 1 or more")
+    if args.length % (2 * size) or size % TOKENS_PER_STEP:
         parser.error(f"--length {args.length}: must be a multiple of {2 * size}, K be even")
     if args.threshold is not None and not 0 < args.threshold < 1:
         parser.error(f"--threshold {args.threshold}: must be between 0 and 1")

@@ -173,7 +173,8 @@ def decode(
                 inputs = window(store, cache, canvas, prompt_lens, lengths, masked, start)
                 first = prompt_lens + start  # (B, 1)
             if callback is not None:
-                callback(masked.any(1).nonzero()[:, 0].tolist(), inputs["input_ids"])
+                rows = masked.any(1).nonzero()[:, 0]
+                callback(rows.tolist(), canvas[rows, : lengths[rows].max()])
             logits = masked_logits(model, inputs, active - first, masked)  # (M, V)
             x0, transfer_index = choose(range(len(prompts)), masked, logits, number)
             del logits  # the next forward pass needs the memory
@@ -216,6 +217,8 @@ def heeds_attention_mask(model, prompt):
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     try:
         one, other = logits_at(model, row, pos, **inputs).float()  # (V,) each
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # remote code fails in many ways; it may take no such mask
         return False
     return bool((one - other).abs().max() <= 0.01 * one.abs().median())  # not if there is NaN

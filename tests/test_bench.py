@@ -81,6 +81,7 @@ def test_the_shapes_are_those_of_their_models():
             small = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 8}
         model = bench.random_model(shape, "cpu", torch.bfloat16, **small, vocab_size=64)
         train_blockwise.check_sees_later(SimpleNamespace(MODEL_NAME=shape), model)
+        assert model(input_ids=torch.zeros(1, 3).long(), attention_mask=None).logits.dim() == 3
 
 
 def test_what_fits_is_the_fastest_setting_that_does():
@@ -238,7 +239,9 @@ def test_bad_arguments(words, capsys):
     check_refused(bench, words, capsys)
 
 
-@pytest.mark.parametrize("words", [*BAD, "--length 100", "--vocabulary 1", "--threshold 2"])
+@pytest.mark.parametrize(
+    "words", [*BAD, "--length 100", "--vocabulary 1", "--threshold 2", "--block_causal 0"]
+)
 def test_bad_arguments_of_decoding(words, capsys):
     check_refused(bench_decode, words, capsys)
 

@@ -691,8 +691,12 @@ def test_what_a_cache_computes(kind, widths):
     """Whole canvases at the first step of each block, and after every `refresh` steps."""
     model = without_mask(small_llada(3))
     (prompt,) = prompts_of(torch.Generator().manual_seed(3), 6)
+    seen, canvases = [], []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda _, ids, __: seen.append(ids[0].shape[1]))
     for refresh in (None, 2):
-        seen = []
+        seen.clear()
+        canvases.clear()
         how = {"gen_length": 12, "block_length": 4, "steps": 12, "logits_eos_inf": True}
         decode.decode(
             model,
@@ -701,8 +705,9 @@ def test_what_a_cache_computes(kind, widths):
             **IDS,
             cache=kind,
             refresh=refresh,
-            callback=lambda _, ids, seen=seen: seen.append(ids.shape[1]),
+            callback=lambda _, canvas: canvases.append(canvas.shape[1]),
         )
+        assert canvases == [18] * 12
         expected = []
         for width in widths:
             expected += [18, width, width, width] if refresh is None else [18, width, 18, width]

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 from toy_task import chains
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 import pt
 import train_blockwise
@@ -254,6 +254,18 @@ def test_what_the_default_targets_train(trainer, family, capsys):
         args.TARGET_MODS = ["experts.up_proj"]
         names = trainer.lora_targets(args, trainer.load_model(args, "cpu"))
         assert len(names) == 2 * 4 and all(name.endswith("up_proj") for name in names)
+        assert trainer.preflight(args, trainer.METHOD, 1) == []
+        problems = trainer.preflight(args, trainer.METHOD, 2)
+        assert any("train experts on one GPU" in problem for problem in problems)
+
+
+def test_a_tied_head_is_counted_once(trainer, family):
+    """In what is computed about memory and disk."""
+    name = str(family.folder / "model")
+    config = AutoConfig.from_pretrained(name, trust_remote_code=True)
+    empty = trainer.empty_model(name, "main", config)
+    loaded = trainer.load_model(constants_of(trainer, family), "cpu")
+    assert empty.num_parameters() == loaded.num_parameters()
 
 
 def test_a_class_that_the_configuration_does_not_name(trainer):
@@ -407,6 +419,7 @@ def test_trained_checkpoints_load_and_decode_offline(family, tmp_path, ranks):
     config = json.loads((folder / "config.json").read_text())
     assert config["mask_token_id"] == mask_id_of(family)
     assert config["logit_shift"] == family.shift
+    assert config["use_cache"]  # as in the base
     assert config["auto_map"] == {key: f"{family.module}.{x}" for key, x in family.auto_map.items()}
 
     # decoding, of the checkpoint and of its adapter
