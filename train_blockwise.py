@@ -669,15 +669,17 @@ def save_frame(args, config, tokenizer, folder):
     config.dtype = torch.bfloat16  # not that of the computation
     config.update({"mask_token_id": args.MASK_ID, "logit_shift": args.LOGIT_SHIFT})
     config.to_json_file(folder / "config.json")
-    for path in folder.glob("*config.json"):
-        content = json.loads(path.read_text())
-        if "auto_map" in content:  # the code is beside it, not on the hub
-            auto_map = json.dumps(content["auto_map"])
-            content["auto_map"] = json.loads(re.sub(r'"[^"]*--', '"', auto_map))
-            write_json(path, content)
     for path in [*source.glob("*.py"), *source.glob("generation_config.json")]:
         (folder / path.name).unlink(missing_ok=True)  # what the tokenizer copied may be read-only
         (folder / path.name).write_bytes(path.read_bytes())
+    for path in folder.glob("*config.json"):
+        content = json.loads(path.read_text())
+        if "auto_map" in content:
+            auto_map = json.dumps(content["auto_map"])
+            for code in folder.glob("*.py"):  # is beside it; of other code the repository is kept
+                auto_map = re.sub(rf'"[^"]*--({code.stem}\.)', r'"\1', auto_map)
+            content["auto_map"] = json.loads(auto_map)
+            write_json(path, content)
 
 
 @torch.no_grad()

@@ -439,6 +439,14 @@ def test_the_code_of_a_hub_model_is_beside_the_checkpoint(trainer, family, tmp_p
     repository = os.path.join(os.environ["HF_HOME"], "hub", f"models--org--{family.name}")
     shutil.rmtree(repository, ignore_errors=True)
     shutil.copytree(family.folder / "model", os.path.join(repository, "snapshots", commit))
+    for name in ("config.json", "tokenizer_config.json"):
+        path = os.path.join(repository, "snapshots", commit, name)
+        with open(path) as file:
+            text = re.sub(
+                r'"((modeling|tokenization)_\w+\.)', rf'"org/{family.name}--\1', file.read()
+            )
+        with open(path, "w") as file:
+            file.write(text)
     os.mkdir(os.path.join(repository, "refs"))
     with open(os.path.join(repository, "refs", "main"), "w") as file:
         file.write(commit)

@@ -319,6 +319,7 @@ def test_a_checkpoint_has_its_own_models_code_and_mask_token(trainer, args, tmp_
         code.chmod(0o444)
     config = json.loads((tmp_path / "a" / "model" / "config.json").read_text())
     config["auto_map"] = {key: f"hub/name--{code}" for key, code in config["auto_map"].items()}
+    config["auto_map"]["AutoModelForMaskedLM"] = "hub/other--modeling_other.Other"
     args.MODEL_NAME = str(tmp_path / "a" / "model")
     model = trainer.load_model(args, "cpu")
     model.config.auto_map = config["auto_map"]
@@ -330,6 +331,7 @@ def test_a_checkpoint_has_its_own_models_code_and_mask_token(trainer, args, tmp_
     saved = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
     assert saved["mask_token_id"] == args.MASK_ID
     assert saved["auto_map"]["AutoConfig"] == "configuration_llada.LLaDAConfig"
+    assert saved["auto_map"]["AutoModelForMaskedLM"] == "hub/other--modeling_other.Other"
 
 
 def test_an_adapter_finds_its_base_from_any_folder(trainer, args, monkeypatch):
