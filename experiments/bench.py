@@ -129,8 +129,10 @@ def published_loss(model, noisy_ids, labels):
 def micro_batch_loss(form, trainer, constants, run, draws):
     """The loss of B draws in this form; ()."""
     if form == "published":
-        batch = published_batch(constants, run.examples, draws, PAD_ID)
-        return published_loss(run.engine, *batch)
+        noisy_ids, labels = published_batch(constants, run.examples, draws, PAD_ID)
+        if constants.LOGIT_SHIFT:
+            labels = labels.roll(-1, dims=1)  # the first is never one
+        return published_loss(run.engine, noisy_ids, labels)
     if form in LIFT_FORMS:
         trainer = train_lift
         own = {"APPROXIMATE": form == "approximate"}
@@ -374,6 +376,7 @@ def make_constants(args, trainer, **changes):
     constants.MAX_LEN = args.length
     constants.MICRO_BSIZE = args.batch
     constants.GRAD_ACC = 1
+    constants.LOGIT_SHIFT = args.shape == "dream-7b"
     constants.LORA_RANK = args.lora_rank
     constants.COMPILE = "compiled" in args.forms  # take_step runs the other forms without it
     constants.TOTAL_TRAIN_STEPS = args.repeats * (1 + TIMED_STEPS)

@@ -127,6 +127,18 @@ def test_both_forms_have_the_same_batches_and_losses(trainer, args):
         torch.testing.assert_close(bench.published_loss(run.engine, theirs, labels), loss)
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_both_forms_shift_the_logits_alike(trainer, args, shift, monkeypatch):
+    monkeypatch.setattr(bench, "PAD_ID", PAD_ID)
+    args.LOGIT_SHIFT = shift
+    run = tiny_run(trainer, args, n_layers=1)
+    run.examples = [(length, ids % PAD_ID) for length, ids in run.examples]
+    losses = []
+    for form in ("published", "suite"):
+        losses.append(bench.micro_batch_loss(form, trainer, args, run, run.draws[0, 0, 0]))
+    torch.testing.assert_close(*losses)
+
+
 def test_each_form_does_its_own_work(trainer, args, monkeypatch):
     """FLOPs of a step, against those of the layers at all and the head at supervised positions."""
 

@@ -102,7 +102,7 @@ FAMILIES = {
 
 # ------- the models
 def load_code(path):
-    """The module in a file, and the package name that `save_pretrained` would look for."""
+    """The module in a file."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
