@@ -16,8 +16,6 @@ Shapes: B draws, L = --max_len tokens.
 """
 
 import argparse
-import csv
-import io
 import math
 import os
 import sys
@@ -29,7 +27,6 @@ import plot
 import suite
 import torch
 from matplotlib.figure import Figure
-from suite import write_text
 from torch.nn.functional import pad
 from tqdm import tqdm
 from transformers.utils.logging import set_verbosity_error
@@ -131,7 +128,7 @@ def main(args):
                 sys.exit(f"--data {args.data}: no token was masked; give more rows")
             print(f"{name}: {mean_loss(own):.4f}")
             lines += own
-            write_csv(f"{args.output}.csv", lines)
+            suite.write_csv(f"{args.output}.csv", COLUMNS, lines)
     except torch.OutOfMemoryError:
         sys.exit(f"--batch_size {args.batch_size}: out of memory; give a lower one")
     except KeyboardInterrupt:
@@ -175,15 +172,7 @@ def check_model(name, rows, args):
     return decode.special_ids(name, config, tokenizer, vocabulary)["mask_id"]
 
 
-# ------- the CSV and the figure
-def write_csv(path, lines):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_text(path, text.getvalue())
-
-
+# ------- the figure
 def draw(lines):
     """A figure of the loss by block and by t, a curve per model."""
     figure = Figure(figsize=(8, 3.5), layout="constrained")
@@ -216,11 +205,7 @@ def parse_args(argv=None):
     decode.add_device_flags(parser)
     args = parser.parse_args(argv)
     suite.check_lowest(parser, args, limit=1, block_size=1, max_len=2, batch_size=1, seed=0)
-    if not os.path.isdir(os.path.dirname(args.output) or "."):
-        parser.error(f"--output {args.output}: its folder does not exist; make it, or give another")
-    for ending in ("csv", "png"):
-        if os.path.exists(f"{args.output}.{ending}"):
-            parser.error(f"--output {args.output}: {args.output}.{ending} exists; give another")
+    suite.check_new(parser, args.output, "csv", "png")
     return args
 
 

@@ -5,7 +5,9 @@ They import it before `pt` and the trainers, which lie one folder up.
 """
 
 import argparse
+import csv
 import hashlib
+import io
 import json
 import os
 import socket
@@ -31,12 +33,27 @@ def check_lowest(parser, args, **lowest):
             parser.error(f"--{name} {value}: must be at least {least}")
 
 
-def launcher(ranks):
-    """The launcher's part of a command line, on a port that nothing else on this machine uses."""
+def check_new(parser, output, *endings):
+    """End with the parser's message unless `output` with these endings can be made anew."""
+    if not os.path.isdir(os.path.dirname(output) or "."):
+        parser.error(f"--output {output}: its folder does not exist; make it, or give another")
+    for ending in endings:
+        if os.path.exists(f"{output}.{ending}"):
+            parser.error(f"--output {output}: {output}.{ending} exists; give another")
+
+
+def launcher(ranks, gpus=()):
+    """The launcher's part of a command line, on a port that nothing else on this machine uses.
+
+    `gpus` are the numbers of those to use: with --num_gpus it ignores CUDA_VISIBLE_DEVICES.
+    """
+    devices = ["--num_gpus", str(ranks)]
+    if gpus:
+        devices = ["--include", "localhost:" + ",".join(gpus[:ranks])]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(port)]
+    return ["deepspeed", *devices, "--master_port", str(port)]
 
 
 def flags(values):
@@ -86,6 +103,15 @@ def write_text(path, text):
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def write_csv(path, columns, rows):
+    """Write `rows`, a dict each, to `path`, in the same way."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_json(path, content):

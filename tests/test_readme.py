@@ -122,6 +122,7 @@ def test_the_title_of_the_paper():
         ("study", 3),
         ("plot", 1),
         ("toy_task.chains", 0),
+        ("opdlm.compare", 1),
     ],
 )
 def test_flags_in_commands_exist(script, least, capsys):
