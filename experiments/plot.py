@@ -6,7 +6,8 @@
 
 Losses are drawn raw and smoothed. A raw loss says little, as t is drawn anew for each row: the
 smoothed one is the mean over --smooth steps. A study's figure has a panel for each way of decoding.
-A panel has a line for each setting: the mean with its 95 % interval, and below it all seeds.
+A panel has a line for each setting: the mean with its 95 % interval, and below it all seeds. The
+studies narrow and answer-blocks have curves instead.
 """
 
 import csv
@@ -51,16 +52,18 @@ def draw_studies(rows, folder):
     """Write a PNG for each study in `rows`, the lines of results.csv; returns their paths."""
     paths = []
     for study in dict.fromkeys(row["study"] for row in rows):
-        figure = draw_study(study, [row for row in rows if row["study"] == study])
+        draw = {"narrow": draw_tradeoff, "answer-blocks": draw_by_block}.get(study, draw_study)
+        figure = draw(study, [row for row in rows if row["study"] == study])
         paths.append(save(figure, os.path.join(folder, f"{study}.png")))
     return paths
 
 
 def draw_study(study, rows):
     """A figure of one study's `rows`: a panel for each way of decoding, a line for each setting."""
+    several_tests = len({row.get("test") for row in rows}) > 1
     decodings = {}
     for row in rows:
-        decodings.setdefault(decoding_name(row), []).append(row)
+        decodings.setdefault(decoding_name(row, several_tests), []).append(row)
     labels = [list(dict.fromkeys(label(row) for row in alike)) for alike in decodings.values()]
     paces = sorted({int(row["tokens_per_step"]) for row in rows})
     heights = [0.8 + 0.27 * len(names) for names in labels]
@@ -102,8 +105,9 @@ def draw_panel(axes, rows, styles):
         if not values or text == "base":
             continue
         mean, half = mean_interval(values)
-        bar = 0 if math.isnan(half) else half
-        axes.errorbar(mean, place, xerr=bar, fmt=marker, color=color, capsize=3, markersize=4)
+        axes.errorbar(
+            mean, place, xerr=finite(half), fmt=marker, color=color, capsize=3, markersize=4
+        )
         below = [place + 0.25] * len(values)
         axes.plot(values, below, ".", color=color, alpha=0.5, markersize=4)
     axes.set_yticks(range(len(styles)), styles)
@@ -112,15 +116,102 @@ def draw_panel(axes, rows, styles):
     axes.grid(axis="x", alpha=0.3)
 
 
+def draw_tradeoff(study, rows):
+    """A figure of accuracy gained on the first test against that on the second; a panel per pace.
+
+    A curve joins the settings of a method that differ in LR alone.
+    """
+    tests = list(dict.fromkeys(row["test"] for row in rows))
+    paces = sorted({int(row["tokens_per_step"]) for row in rows})
+    figure = Figure(figsize=(1 + 4 * len(paces), 4), layout="constrained")
+    panels = figure.subplots(1, len(paces), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, pace in zip(panels, paces, strict=True):
+        curves = {}  # {a setting without its LR: {a setting: {test: accuracies}}}
+        base = {}  # {test: accuracy}
+        for row in rows:
+            if int(row["tokens_per_step"]) != pace:
+                continue
+            accuracy = 100 * float(row["accuracy"])
+            if row["method"] == "base":
+                base[row["test"]] = accuracy
+                continue
+            words = [word for word in label(row).split() if not word.startswith("LR=")]
+            settings = curves.setdefault(" ".join(words), {})
+            settings.setdefault(label(row), {}).setdefault(row["test"], []).append(accuracy)
+        styles = make_styles([{"method": name.split()[0], "setting": name} for name in curves])
+        for (name, settings), style in zip(curves.items(), styles.values(), strict=True):
+            whole = [found for found in settings.values() if set(found) == set(base) == set(tests)]
+            draw_curve(axes, whole, tests, base, name, *style)
+        axes.axhline(0, color="grey", linewidth=0.7)
+        axes.axvline(0, color="grey", linewidth=0.7)
+        axes.set_title(pace_name(pace), fontsize="small")
+        axes.set_xlabel(f"{tests[0]}: accuracy minus the base's (points)", fontsize="small")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"{tests[1]}: accuracy minus the base's (points)", fontsize="small")
+    panels[0].legend(fontsize="x-small")
+    figure.suptitle(study, fontsize="medium")
+    return figure
+
+
+def draw_curve(axes, settings, tests, base, name, color, marker):
+    """A curve through the settings, {test: accuracies} each, with 95 % intervals."""
+    points = []
+    for accuracies in settings:
+        gains = [[value - base[test] for value in accuracies[test]] for test in tests]
+        points.append([mean_interval(values) for values in gains])
+    x, y = ([point[axis][0] for point in points] for axis in (0, 1))
+    x_bar, y_bar = ([finite(point[axis][1]) for point in points] for axis in (0, 1))
+    axes.errorbar(x, y, yerr=y_bar, xerr=x_bar, color=color, marker=marker, label=name, capsize=2)
+
+
+def finite(half):
+    """Half the width of an interval, to be drawn; 0 if there is none."""
+    return 0 if math.isnan(half) else half
+
+
+def draw_by_block(study, rows):
+    """A figure of blockwise minus full-sequence, paired by seed, by block; a curve per pace."""
+    accuracy = {}  # of (method, pace, block), by seed
+    for row in rows:
+        key = row["method"], int(row["tokens_per_step"]), int(row["block_length"])
+        accuracy.setdefault(key, {})[row["seed"]] = 100 * float(row["accuracy"])
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    blocks = sorted({block for _, _, block in accuracy}, reverse=True)
+    for number, pace in enumerate(sorted({pace for _, pace, _ in accuracy})):
+        points = []
+        for place, block in enumerate(blocks):
+            ours = accuracy.get(("blockwise", pace, block), {})
+            others = accuracy.get(("fullseq", pace, block), {})
+            pairs = [ours[seed] - others[seed] for seed in ours if seed in others]
+            if pairs:
+                mean, half = mean_interval(pairs)
+                points.append((place + 0.06 * number, mean, finite(half)))
+        if points:
+            x, y, bar = zip(*points, strict=True)
+            axes.errorbar(x, y, yerr=bar, marker="o", capsize=3, label=pace_name(pace))
+    length = int(rows[0]["gen_length"])
+    names = [f"{length // block}\n({block} tokens)" for block in blocks]
+    axes.set_xticks(range(len(blocks)), names, fontsize="small")
+    axes.set_xlabel(f"blocks in {length} tokens")
+    axes.set_ylabel("blockwise minus full-sequence (points)")
+    axes.axhline(0, color="grey", linewidth=0.7)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.suptitle(study, fontsize="medium")
+    return figure
+
+
 def label(row):
     """A setting's name beside its points."""
     return f"{row['method']} {row['setting']}".strip()
 
 
-def decoding_name(row):
+def decoding_name(row, with_test=False):
     """How the answers of a line were decoded, without the tokens per step."""
+    test = f"{row['test']}, " if with_test else ""
     last = ", end tokens last" if row.get("end_tokens_last") in (1, "1") else ""
-    return f"block {row['block_length']}{last}"
+    return f"{test}block {row['block_length']}{last}"
 
 
 def pace_name(tokens_per_step):

@@ -1,26 +1,25 @@
 """The paper's comparisons, over several seeds, through the trainers themselves.
 
-    python experiments/study.py                          # all but opdlm, on the toy task
-    python experiments/study.py equal-compute equal-tokens --seeds 3
-    python experiments/study.py prefix --num_gpus 8 --model GSAI-ML/LLaDA-8B-Instruct \\
-        --data MATH.jsonl --test math500
-    python experiments/study.py opdlm --seeds 3 --limit 300
+    python experiments/study.py                          # on the toy task: all but those below
+    python experiments/study.py equal-compute equal-tokens --seeds 20
+    python experiments/study.py paper                    # LLaDA-8B, GSM8K and MATH-500, on GPUs
+    python experiments/study.py prefix --model M --data rows.jsonl --test gsm8k problems.jsonl
+    python experiments/study.py narrow                   # or opdlm: toys with another base
 
 A study compares settings of the trainers with each other and with the base model. Every setting is
-trained once per seed (a run), and every run is evaluated in several ways of decoding. Base and task
-are the toy's (toy_task/chains.py); with --model they are given, and the defaults are the paper's.
-The study opdlm has an autoregressive base (opdlm/chains_ar.py), so it is given alone.
+trained once per seed (a run), and every run is evaluated on each test set in several ways of
+decoding. Base and task are the toy's (toy_task/chains.py), or those of --model and of the study
+paper, whose defaults are the paper's. The studies narrow and opdlm have bases of their own.
 
-OUTPUT/results.csv has one line per study, setting, seed and way of decoding; figures are drawn next
-to it. To resume a study that was stopped, give the same command again. Studies share runs: what is
-there with the same constants, model and data is not trained again. Give another --output after
-changing the code of a trainer.
+OUTPUT/results.csv has one line per study, setting, seed, test set and way of decoding; figures are
+drawn next to it. To resume a study that was stopped, give the same command again. Studies share
+runs: what is there with the same constants, model and data is not trained again. Give another
+--output after changing the code of a trainer.
 
 Guide: experiments/docs/studies.md
 """
 
 import argparse
-import math
 import os
 import sys
 from dataclasses import replace
@@ -29,8 +28,8 @@ from pathlib import Path
 
 import plot
 import suite
-import torch
 from opdlm.study_opdlm import OPDLM
+from studies import cost
 from studies.arms import (
     THRESHOLD,
     TRAINERS,
@@ -38,13 +37,15 @@ from studies.arms import (
     Study,
     common_steps,
     constant,
+    equal_token_steps,
     make_arms,
     make_ways,
     vary,
     ways_of_runs,
 )
+from studies.narrow import NARROW
 from studies.results import collect, print_differences, print_table, write_results
-from studies.runs import do_all, prepare
+from studies.runs import do_all, prepare, visible_gpus
 from toy_task import chains
 from transformers import logging
 
@@ -57,22 +58,33 @@ TOY_DEFAULTS = {  # of the flags
     "block_sizes": [8, 16, 32],
     "gen_length": 64,
     "tokens_per_step": [2, 4, 8],
+    "seeds": 5,
 }
-TOY_CONSTANTS = {  # as in toy.py, whose two processes have 8 rows each
-    "MICRO_BSIZE": 16,
+TOY_CONSTANTS = {  # as in toy.py
+    "MICRO_BSIZE": 16,  # on all GPUs of a run together
     "LR": 4e-3,
     "LORA_RANK": 32,
     "MAX_LEN": 112,
     "MAX_SAMPLES": 8000,
 }
 PAPER_DEFAULTS = {
+    "model": "GSAI-ML/LLaDA-8B-Instruct",
+    "data": "meta-math/MetaMathQA",
+    "test": ["gsm8k", "math500"],
     "steps": 200,
     "block_size": 32,
     "block_sizes": [8, 32, 128],
     "gen_length": 256,
     "tokens_per_step": [2],
+    "seeds": 3,
 }
-PAPER_CONSTANTS = {"MAX_SAMPLES": 20000}  # as many rows as pt.py keeps
+PAPER_CONSTANTS = {"MICRO_BSIZE": 32, "MAX_SAMPLES": 200 * 32}  # as in the README
+PUBLISHED = """
+the paper's figures, exact match in % (arXiv 2508.19529):
+    Blockwise SFT                 GSM8K 76.0, MATH 34.2
+    best other SFT                GSM8K 70.8, MATH 32.6
+of the base, reported elsewhere with the same decoding (arXiv 2510.09541):
+    LLaDA-8B-Instruct             GSM8K 77.2, MATH-500 32.4"""
 
 # Constants that the studies set themselves
 OWN = "MODEL_NAME MODEL_REVISION DATA_PT CKPT_DIR SEED TOTAL_TRAIN_STEPS BLOCK_SIZE SAVE_EVERY"
@@ -96,19 +108,24 @@ def equal_tokens(args, lengths):
     return [("blockwise", {}), ("fullseq", {"TOTAL_TRAIN_STEPS": fewer})]
 
 
-def equal_token_steps(steps, lengths, block_size):
-    """Full-sequence steps that supervise as many tokens as `steps` blockwise ones, in expectation.
+def paper(args, lengths):
+    """The paper's table: equal-compute and equal-tokens together."""
+    return equal_compute(args, lengths) + equal_tokens(args, lengths)[1:]
 
-    Both mask with t ~ U(0, 1): a blockwise draw half a block, a full-sequence draw half an answer.
-    """
-    # a draw's block is any of its answer's: their mean length is the answer's over their number
-    block_tokens = sum(length / math.ceil(length / block_size) for length in lengths)
-    return max(1, round(steps * block_tokens / sum(lengths)))
+
+def rest(args, lengths):
+    """The loss on the active block, or on the hidden suffix too."""
+    return [("blockwise", {}), ("rest", {})]
 
 
 def vary_block_size(args, lengths):
     """Training blocks x decoding blocks."""
     return [*vary("blockwise", "BLOCK_SIZE", args.block_sizes), ("fullseq", {})]
+
+
+def vary_answer_blocks(args, lengths):
+    """Both methods by blocks per answer: trained and decoded with each block size."""
+    return [("fullseq", {}), *vary("blockwise", "BLOCK_SIZE", args.block_sizes)]
 
 
 def vary_prefix(args, lengths):
@@ -174,6 +191,11 @@ def every_block(args, changes):
     return make_ways(args, args.block_sizes)
 
 
+def own_block(args, changes):
+    """The block of the setting's training; without one, every block."""
+    return make_ways(args, [changes["BLOCK_SIZE"]] if changes else args.block_sizes)
+
+
 def also_without_blocks(args, changes):
     """The default block, and the whole answer as one block, also with the end tokens last."""
     whole = make_ways(args, [args.gen_length])
@@ -184,7 +206,9 @@ def also_without_blocks(args, changes):
 STUDIES = {
     "equal-compute": Study(equal_compute, default_block),
     "equal-tokens": Study(equal_tokens, default_block),
+    "rest": Study(rest, default_block),
     "block-size": Study(vary_block_size, every_block),
+    "answer-blocks": Study(vary_answer_blocks, own_block),
     "prefix": Study(vary_prefix, default_block),
     "suffix": Study(vary_suffix, default_block),
     "padding": Study(vary_padding, default_block),
@@ -206,8 +230,14 @@ TOY = Setup(
     method_constants=LIFT_CONSTANTS,
 )
 PAPER = replace(
-    TOY, name="paper", defaults=PAPER_DEFAULTS, constants=PAPER_CONSTANTS, build_base=None
+    TOY,
+    name="paper",
+    studies=STUDIES | {"paper": Study(paper, default_block)},
+    defaults=PAPER_DEFAULTS,
+    constants=PAPER_CONSTANTS,
+    build_base=None,
 )
+SETUPS = [TOY, PAPER, NARROW, OPDLM]
 
 # ------- main
 
@@ -221,11 +251,15 @@ def main(args):
         arms = make_arms(args, task)
         runs = ways_of_runs(arms)
         print(f"{len(runs)} runs, {args.jobs} at a time, in {args.output}", flush=True)
+        if args.setup is PAPER:
+            print(cost.describe(args, task, runs), flush=True)
         failed = do_all(args, task, runs)
         rows = collect(args, task, arms)
-        write_results(path, rows, args.studies, task.name)
+        write_results(path, rows, args.studies, task)
         print_table(rows)
         print_differences(rows)
+        if "paper" in args.studies:
+            print(PUBLISHED)
         print("see", ", ".join([str(path), *plot.draw_studies(rows, args.output)]))
     except OSError as error:
         sys.exit(f"stopped: {error}; give the same command again when this is fixed")
@@ -250,12 +284,15 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     check_args(parser, args)
-    args.constants = read_constants(parser, args.setup, args.constants)
+    args.constants = read_constants(parser, args)
     args.output = args.output.absolute()
     if args.model and os.path.isdir(args.model):
         args.model = os.path.abspath(args.model)  # each trainer runs in the folder of its run
+    gpus = len(visible_gpus())
     if args.jobs is None:
-        args.jobs = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+        args.jobs = max(1, gpus // args.num_gpus) if gpus else len(os.sched_getaffinity(0))
+    if gpus and args.jobs * args.num_gpus > gpus:
+        parser.error(f"--jobs {args.jobs} x --num_gpus {args.num_gpus}: there are {gpus} GPUs")
     for name in ("studies", "block_sizes", "tokens_per_step"):
         each_once = list(dict.fromkeys(getattr(args, name)))
         setattr(args, name, each_once)
@@ -265,30 +302,40 @@ def parse_args(argv=None):
 def list_studies():
     """A line on each study, for the help text."""
     lines = []
-    for name, study in (TOY.studies | OPDLM.studies).items():
+    for name, study in all_studies().items():
         about = study.settings.__doc__.splitlines()[0]
         lines.append(f"    {name:16}{about}")
     return "\n".join(lines)
 
 
+def all_studies():
+    """{name: Study} of all setups."""
+    return {name: study for setup in SETUPS for name, study in setup.studies.items()}
+
+
 def defaults_of(name):
     """The default values of a flag, for its help text."""
-    values = {setup.name: str(setup.defaults[name]) for setup in (TOY, PAPER, OPDLM)}
+    values = {setup.name: str(setup.defaults[name]) for setup in SETUPS}
     return ", ".join(f"{name}: {value}" for name, value in values.items())
 
 
 def add_task_flags(parser):
     """Add the flags on what is compared, trained and evaluated."""
     add = parser.add_argument
-    add("studies", nargs="*", metavar="STUDY", help="see above (all but opdlm)")
-    add("--model", help="base model, hub id or folder (the toy's)")
-    add("--data", help="training data, as pt.py's --dataset (the toy's)")
-    add("--test", help="test problems, as evaluate.py's --dataset (the toy's)")
-    add("--limit", type=int, help="use only the first test problems (all)")
+    others = ", ".join(name for name in all_studies() if name not in STUDIES)
+    add("studies", nargs="*", metavar="STUDY", help=f"see above (all but {others})")
+    place = "(the toy's; paper: {})"
+    model = "base model, hub id or folder " + place.format(PAPER_DEFAULTS["model"])
+    add("--model", help=model)
+    data = "training data, as pt.py's --dataset " + place.format(PAPER_DEFAULTS["data"])
+    add("--data", help=data)
+    tests = "test sets, as evaluate.py's --dataset " + place.format("gsm8k math500")
+    add("--test", nargs="+", help=tests)
+    add("--limit", type=int, help="use only the first problems of each test set (all)")
     add("--steps", type=int, help=f"optimizer steps ({defaults_of('steps')})")
     blocks = f"training block, tokens ({defaults_of('block_size')})"
     add("--block_size", type=int, help=blocks)
-    blocks = f"those of block-size and opdlm ({defaults_of('block_sizes')})"
+    blocks = f"of block-size, answer-blocks and opdlm ({defaults_of('block_sizes')})"
     add("--block_sizes", type=int, nargs="+", metavar="BLOCK_SIZE", help=blocks)
     add("--gen_length", type=int, help=f"tokens per answer ({defaults_of('gen_length')})")
     tokens = f"committed per forward pass; 0: those above {THRESHOLD}"
@@ -303,25 +350,32 @@ def add_run_flags(parser):
     add = parser.add_argument
     output = Path(__file__).resolve().parent / "runs" / "study"
     add("--output", type=Path, default=output, help="folder (%(default)s)")
-    add("--seeds", type=int, default=5, help="runs per setting (%(default)s)")
+    add("--seeds", type=int, help=f"runs per setting ({defaults_of('seeds')})")
     add("--batch_size", type=int, default=50, help="answers decoded at a time (%(default)s)")
-    add("--num_gpus", type=int, default=1, help="per run, through the launcher (%(default)s)")
-    add("--jobs", type=int, help="runs at a time (1 on a GPU, otherwise one per core)")
-    remove = "of runs that have been evaluated; 16 GB each at 8B"
+    gpus = "per run, through the launcher; the rows per step stay the same (%(default)s)"
+    add("--num_gpus", type=int, default=1, help=gpus)
+    jobs = "runs at a time, each on its own GPUs (as many as fit, or one per core)"
+    add("--jobs", type=int, help=jobs)
+    remove = "remove those of runs that have been evaluated, 16 GB each at 8B; to evaluate such a "
+    remove += "run in another way, it is trained again"
     add("--remove_checkpoints", action="store_true", help=remove)
 
 
 def choose_setup(parser, args):
     """The setup that has the studies; ends with the parser's message if there is none."""
-    known = TOY.studies | OPDLM.studies
+    known = all_studies()
     for study in args.studies:
         if study not in known:
             parser.error(f"{study}: no study; give some of {', '.join(known)}")
-    if not set(args.studies) & set(OPDLM.studies):
-        return PAPER if args.model else TOY
-    if set(args.studies) - set(OPDLM.studies):
-        parser.error("opdlm has another base than the other studies; give it alone")
-    return OPDLM
+    fitting = [setup for setup in SETUPS if set(args.studies) <= set(setup.studies)]
+    if not fitting:
+        parser.error(f"{' '.join(args.studies)}: they have different bases; give one at a time")
+    setup = PAPER if args.model else fitting[0]
+    if setup not in fitting:
+        parser.error(f"--model {args.model}: {' '.join(args.studies)} takes a base of the toy task")
+    if setup.build_base and (args.data or args.test):
+        parser.error("--data, --test: the toy has its own; give --model too")
+    return setup
 
 
 def check_args(parser, args):
@@ -332,11 +386,9 @@ def check_args(parser, args):
         for value in getattr(args, name):
             if value < lowest:
                 parser.error(f"--{name} {value}: must be at least {lowest}")
-    given = [f"--{name}" for name in ("model", "data", "test") if getattr(args, name)]
-    if given and args.setup is OPDLM:
-        parser.error(f"opdlm takes the toy's base; for another use train_opdlm.py, not {given[0]}")
-    if 0 < len(given) < 3:
-        parser.error(f"{', '.join(given)} alone: another base needs --model, --data and --test")
+    names = [Path(dataset).stem for dataset in args.test or []]
+    if len(names) > len(set(names)):
+        parser.error(f"--test {' '.join(args.test)}: two have the same name; rename one")
     for block in [args.block_size, *args.block_sizes]:
         if args.gen_length % block:
             parser.error(
@@ -344,13 +396,15 @@ def check_args(parser, args):
             )
 
 
-def read_constants(parser, setup, words):
+def read_constants(parser, args):
     """The constants of all runs, {name: value}: the setup's, and those of NAME=VALUE words.
 
-    Ends with the parser's message if one is not what all trainers of the setup take.
+    The setup's rows per step are shared out among the GPUs of a run. Ends with the parser's message
+    if a constant is not what all trainers of the setup take.
     """
+    setup = args.setup
     texts = {}
-    for word in words:
+    for word in args.constants:
         name, equals, text = word.partition("=")
         if not equals:
             parser.error(f"--constants {word}: must be NAME=VALUE")
@@ -358,6 +412,12 @@ def read_constants(parser, setup, words):
             parser.error(f"--constants {word}: the studies set {name} themselves")
         texts[name] = text
     constants = setup.constants
+    if "MICRO_BSIZE" not in texts:
+        rows, left = divmod(constants["MICRO_BSIZE"], args.num_gpus)
+        if left:
+            rows_per_step = f"{constants['MICRO_BSIZE']} rows per step cannot be shared out equally"
+            parser.error(f"--num_gpus {args.num_gpus}: {rows_per_step}; give another number")
+        constants = constants | {"MICRO_BSIZE": rows}
     problems = []
     for trainer in (TRAINERS[method] for method in setup.trainers):
         for name, text in texts.items():

@@ -3,11 +3,12 @@
 import json
 import os
 import random
+import re
 from functools import partial
 
 import pytest
 import torch
-from toy_task import chains
+from toy_task import chains, narrow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pt
@@ -69,6 +70,16 @@ def test_no_problem_is_in_two_splits():
     queries = [{row["query"] for row in rows} for rows in chains.splits(50, 20, 60, 30)]
     assert [len(split) for split in queries] == [20, 50, 60, 30]
     assert len(set.union(*queries)) == 160
+
+
+def test_narrow_problems():
+    """Five instructions, plus and minus; the full test is that of chains.py; none is shared."""
+    full, small, train, pretraining = narrow.splits(50, 20, 60)
+    assert full == chains.splits(50, 20)[0]
+    for row in small + train:
+        assert re.fullmatch(r"\d( ; [p-t] (plus|minus) \d){5}", row["query"])
+    queries = [{row["query"] for row in rows} for rows in (full, small, train, pretraining)]
+    assert len(set.union(*queries)) == 20 + 20 + 50 + 60
 
 
 def test_the_base_is_small_and_both_forms_are_one_model(folders):

@@ -16,18 +16,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import helpers
 import plot
 import pytest
 import study
 import suite
+import torch
 import train_control
 import train_opdlm
 from helpers import user_environment
 from studies import arms as planning
-from studies import results, runs
-from studies.arms import Arm, Run, Task, Way
+from studies import cost, results, runs
+from studies.arms import Arm, Benchmark, Run, Task, Way
 from toy_task import chains
 
 import train_blockwise
@@ -54,22 +56,19 @@ def base(tmp_path_factory):
 
 
 def words(base, output, *studies):
-    """The command line of a small study."""
-    places = {
-        "model": base / "model",
-        "data": base / "data" / "train.jsonl",
-        "test": base / "data" / "test.jsonl",
-        "output": output,
-    }
+    """The command line of a small study with two test sets."""
+    data = base / "data"
+    places = {"model": base / "model", "data": data / "train.jsonl", "output": output}
+    tests = ["--test", str(data / "test.jsonl"), str(data / "train.jsonl")]
     sizes = ["--block_sizes", "4", "8", "--constants", *CONSTANTS]
-    return [*studies, *suite.flags(places | SMALL), *sizes]
+    return [*studies, *suite.flags(places | SMALL), *tests, *sizes]
 
 
 # ------- whole studies
 
 
 def start(base, output):
-    command = [sys.executable, study.__file__, *words(base, output, "equal-tokens")]
+    command = [sys.executable, study.__file__, *words(base, output, "paper", "--limit", "6")]
     return subprocess.Popen(
         command,
         env=user_environment(OMP_NUM_THREADS="1"),
@@ -97,30 +96,33 @@ def test_a_study_that_is_killed_is_resumed(base, tmp_path):
     resumed = start(base, output)
     printed, _ = resumed.communicate(timeout=200)
     assert resumed.returncode == 0 and "Traceback" not in printed, printed
-    assert "3 runs, 2 at a time" in printed
-    assert re.search(r"equal-tokens +\| fullseq +\|", printed), printed
+    assert "4 runs, 2 at a time" in printed
+    assert "GPU-hours" in printed and "MATH 34.2" in printed
+    assert re.search(r"test, 4 per step +\| train, 4 per step", printed), printed
     rows = read_results(output / "results.csv")
-    steps = [(row["method"], row["train_steps"]) for row in rows]
-    assert steps == [("base", ""), ("blockwise", "4"), ("fullseq", "1")]
+    steps = [(row["method"], row["train_steps"], row["test"]) for row in rows]
+    runs_and_steps = [("base", ""), ("blockwise", "4"), ("fullseq", "4"), ("fullseq", "1")]
+    assert steps == [(*run, test) for run in runs_and_steps for test in ("test", "train")]
     for row in rows:
         assert row["accuracy"] == "0.0" and row["count"] == "6"  # the weights are random
     for run in output.glob("*-seed1-*"):
         names = sorted(path.name for path in run.iterdir() if path.name.startswith("ckpt"))
         assert names[0] == "ckpt_logs" and len(names) == 2  # each was trained once
         assert helpers.losses(run / "ckpt_logs")  # of each step once
-    assert (output / "equal-tokens.png").read_bytes()[1:4] == b"PNG"
+    assert (output / "paper.png").read_bytes()[1:4] == b"PNG"
 
 
 # ------- planning
 
 LENGTHS = [48] * 8000
+TESTS = [Benchmark("t", "t.jsonl", 8, "gen16-0123")]
 
 
 def arms_of(*argv, **changes):
     """The flags of a study, and its arms on a task with these changes."""
     args = study.parse_args([*argv])
     constants = {"MODEL_NAME": "m", "DATA_PT": "p"} | args.constants
-    task = Task("model", "test", "m-0123", constants, LENGTHS, "identity", "gen64-0123")
+    task = Task("model", 8 * 10**9, "m-0123", TESTS, constants, LENGTHS, "identity")
     return args, planning.make_arms(args, replace(task, **changes))
 
 
@@ -152,6 +154,7 @@ def test_each_study_changes_what_it_says():
         for given in constants:  # and nothing else
             others = {k: v for k, v in given.items() if k != constant}
             assert others == {k: v for k, v in constants[0].items() if k != constant}
+    assert constants_of(arms, "rest", "rest") == constants_of(arms, "controls", "rest")
     assert [given["MASK_PADDING"] for given in constants_of(arms, "padding", "fullseq")] == [0, 1]
 
 
@@ -217,6 +220,84 @@ def test_the_study_of_opdlm():
     assert {arm.method for arm in arms} == {"opdlm"} | of_opdlm
 
 
+def test_the_study_narrow():
+    """Each method with three LR over a factor of 16; LIFT too has the LoRA of the others."""
+    args, arms = arms_of("narrow", "--seeds", "2")
+    assert args.setup.tests == ("narrow", "full")
+    assert len(arms) == 1 + 5 * 3
+    found = {}
+    for arm in arms[1:]:
+        given = arm.runs[0].constants
+        found.setdefault((arm.method, given["TOTAL_TRAIN_STEPS"]), []).append(given["LR"])
+        assert given["LORA_RANK"] == 32 and len(arm.runs) == 2
+        if arm.method == "lift":
+            assert given["TARGET_MODS"] == train_fullseq.TARGET_MODS
+    assert list(found) == [
+        *[("blockwise", 200), ("fullseq", 200), ("fullseq", 67)],
+        *[("rest", 200), ("lift", 200)],
+    ]
+    assert all(lrs == [1e-3, 4e-3, 16e-3] for lrs in found.values())
+
+
+def test_blocks_per_answer():
+    """Blockwise is decoded with its own block, full-sequence with each."""
+    args, arms = arms_of("answer-blocks", "--block_sizes", "8", "32")
+    base, fullseq, *blockwise = arms
+    both = ways_of([8, 32], args.tokens_per_step)
+    assert base.ways == fullseq.ways == both
+    for arm, size in zip(blockwise, (8, 32), strict=True):
+        assert arm.runs[0].constants["BLOCK_SIZE"] == size
+        assert arm.ways == ways_of([size], args.tokens_per_step)
+
+
+def test_the_paper_in_one_word():
+    """Its base, data and test sets; the rows per step are the paper's on any number of GPUs."""
+    args, arms = arms_of("paper", "--num_gpus", "8")
+    assert (args.model, args.data) == ("GSAI-ML/LLaDA-8B-Instruct", "meta-math/MetaMathQA")
+    assert args.test == ["gsm8k", "math500"] and args.seeds == 3
+    assert [(arm.method, arm.setting) for arm in arms] == [
+        *[("base", ""), ("blockwise", ""), ("fullseq", ""), ("fullseq", "steps=100")]
+    ]
+    for arm in arms[1:]:
+        given = arm.runs[0].constants
+        assert (given["MICRO_BSIZE"], given["MAX_SAMPLES"]) == (32 // 8, 6400)
+
+
+def test_the_cost_of_the_paper():
+    """By hand: one run of 200 steps of 32 rows of 256 tokens, 8e9 weights, 8 answers decoded."""
+    args, arms = arms_of("suffix", "--model", "m", "--seeds", "1", "--jobs", "1")
+    found = planning.ways_of_runs([arms[0], arms[1]])
+    hours = (65 + 200 * 0.49 + 2 * 8 * 256 / 189) / 3600
+    task = Task("m", 8 * 10**9, "m-0123", TESTS, {}, LENGTHS, "identity")
+    text = cost.describe(args, task, found)
+    assert text.startswith(f"about {hours:.1f} GPU-hours, {163 / 3600:.1f} of them training")
+    assert "1 checkpoints of 16.0 GB" in text
+
+
+def test_jobs_share_out_the_gpus(args, monkeypatch):
+    """Each process of a study has GPUs of its own, also of those that are visible alone."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setattr(runs.os, "getppid", lambda: 0)
+    given = []
+
+    class Pool:
+        def __init__(self, jobs, context, initializer, initargs):
+            for _ in range(jobs):
+                initializer(0, torch.get_num_threads(), initargs[2])
+                given.append(suite.launcher(2, runs.visible_gpus())[:3])
+                monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+
+        def shutdown(self, cancel_futures):
+            pass
+
+    for name in ("ProcessPoolExecutor", "signal", "ctypes"):
+        monkeypatch.setattr(runs, name, Pool if name[0] == "P" else mock.MagicMock())
+    args.num_gpus = 2
+    runs.do_all(args, TASK, {})
+    assert given == [["deepspeed", "--include", f"localhost:{two}"] for two in ("4,5", "6,7")]
+
+
 def test_shared_runs_are_trained_once():
     _, arms = arms_of("--seeds", "3")
     found = planning.ways_of_runs(arms)
@@ -262,8 +343,8 @@ def test_a_folder_is_that_of_its_defaults(monkeypatch):
 
 def test_equal_tokens():
     """In the mean blockwise supervises half a block per draw, full-sequence half an answer."""
-    assert study.equal_token_steps(300, [64, 32], 32) == 300 * (32 + 32) // (64 + 32)
-    assert study.equal_token_steps(300, [20], 32) == 300
+    assert planning.equal_token_steps(300, [64, 32], 32) == 300 * (32 + 32) // (64 + 32)
+    assert planning.equal_token_steps(300, [20], 32) == 300
     _, arms = arms_of("equal-tokens", "--steps", "300")
     (blockwise,) = constants_of(arms, "equal-tokens", "blockwise")
     (fullseq,) = constants_of(arms, "equal-tokens", "fullseq")
@@ -298,7 +379,8 @@ def test_what_decides_an_evaluation_is_in_its_name(base, tmp_path):
 
     def name(*more, way=WAY):
         args = study.parse_args([*words(base, tmp_path, "prefix"), *more])
-        return planning.evaluation_folder(runs.prepare(args), run, way).name
+        (test, _) = runs.prepare(args).tests
+        return planning.evaluation_folder(run, test, way).name
 
     ways = [(), ("--limit", "3"), ("--batch_size", "7"), ("--gen_length", "32")]
     names = {name(*way) for way in ways}
@@ -316,13 +398,15 @@ def test_what_decides_an_evaluation_is_in_its_name(base, tmp_path):
     [
         ("prefixes", "prefixes: no study"),
         ("--seeds 0", "--seeds 0"),
-        ("--model m", "--model alone"),
+        ("--data d", "--data, --test: the toy has its own; give --model too"),
+        ("paper --test a/x.jsonl b/x.jsonl", "two have the same name"),
+        ("--num_gpus 3", "16 rows per step cannot be shared out equally"),
         ("--gen_length 60 --block_size 16", "--gen_length 60 is not divisible by the block of"),
         ("--block_sizes 8 0", "--block_sizes 0"),
         ("--tokens_per_step -1", "--tokens_per_step -1"),
         ("--constants SEED=3", "the studies set SEED themselves"),
-        ("opdlm prefix", "give it alone"),
-        ("opdlm --model m", "for another use train_opdlm.py, not --model"),
+        ("opdlm prefix", "opdlm prefix: they have different bases"),
+        ("opdlm --model m", "opdlm takes a base of the toy task"),
         ("--constants LR", "--constants LR: must be NAME=VALUE"),
         ("--constants BLOCKSIZE=3", "BLOCKSIZE: no constant of train_blockwise.py"),
         ("--constants PREFIX_MASK_RATE=0.5", "PREFIX_MASK_RATE: no constant of train_fullseq.py"),
@@ -469,7 +553,7 @@ def measured(folder):
     return leave_summary
 
 
-TASK = Task("base model", "t", "m-0123", {}, LENGTHS, "identity", "gen16-0123")
+TASK = Task("base model", 10**6, "m-0123", TESTS, {}, LENGTHS, "identity")
 
 
 def test_a_run_is_completed_once(args, run, monkeypatch, tmp_path):
@@ -497,21 +581,22 @@ def test_failures_of_runs(args, failing, monkeypatch):
     done = []
 
     def complete(args, task, run, ways):
-        if run.method == failing and run.folder != "b2":
+        if run.method == failing and run.folder not in ("b2", "b3"):
             raise RuntimeError("out of order")
+        time.sleep(0.3)
         done.append(run.folder)
 
     monkeypatch.setattr(runs, "complete", complete)
     monkeypatch.setattr(
         runs, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs)
     )
-    three = [("b1", "blockwise"), ("b0", "base"), ("b2", "blockwise")]
-    ways_of_runs = {Run(1, method, name, {}): {WAY} for name, method in three}
+    four = [("b1", "blockwise"), ("b0", "base"), ("b2", "blockwise"), ("b3", "blockwise")]
+    ways_of_runs = {Run(1, method, name, {}): {WAY} for name, method in four}
     failed = runs.do_all(args, TASK, ways_of_runs)
     if failing == "base":
-        assert (failed, done) == (["b0: out of order"], [])
+        assert failed == ["b0: out of order"] and "b3" not in done
     else:
-        assert (failed, done) == (["b1: out of order"], ["b0", "b2"])
+        assert (failed, sorted(done)) == (["b1: out of order"], ["b0", "b2", "b3"])
 
 
 # ------- what came out
@@ -531,6 +616,7 @@ def test_a_line_of_the_results(args, run, monkeypatch, tmp_path):
         "method": "blockwise",
         "setting": "PREFIX_MASK_RATE=0.1",
         "seed": 1,
+        "test": "t",
         "block_length": 8,
         "end_tokens_last": 0,
         "tokens_per_step": 4,
@@ -548,16 +634,18 @@ def test_a_line_of_the_results(args, run, monkeypatch, tmp_path):
 
 
 def test_results_keep_what_other_studies_have_found(tmp_path):
-    rows = [{"study": "prefix", "model": "m-0123", "accuracy": 0.5}]
+    names = ("study", "test", "model")
+    before = [("suffix", "t", "m-0123"), ("prefix", "t", "m-0123"), ("prefix", "u", "m-0123")]
+    before.append(("suffix", "t", "another"))
+    rows = [{"accuracy": 0.5, **dict(zip(names, before[1], strict=True))}]
     path = tmp_path / "results.csv"
-    before = [("suffix", "m-0123"), ("prefix", "m-0123"), ("suffix", "another")]
     with open(path, "w") as file:
         writer = csv.DictWriter(file, results.COLUMNS)
         writer.writeheader()
-        writer.writerows({"study": name, "model": model} for name, model in before)
-    results.write_results(path, rows, ["prefix"], "m-0123")
-    kept = [(row["study"], row["model"], row["accuracy"]) for row in read_results(path)]
-    assert kept == [("suffix", "m-0123", ""), ("prefix", "m-0123", "0.5")]
+        writer.writerows(dict(zip(names, line, strict=True)) for line in before)
+    results.write_results(path, rows, ["prefix"], TASK)
+    kept = [(row["study"], row["test"], row["accuracy"]) for row in read_results(path)]
+    assert kept == [("suffix", "t", ""), ("prefix", "u", ""), ("prefix", "t", "0.5")]
 
 
 def test_differences_are_paired_by_seed(capsys):
@@ -566,7 +654,7 @@ def test_differences_are_paired_by_seed(capsys):
     for setting, accuracies in found.items():
         for seed, accuracy in enumerate(accuracies):
             rows.append(
-                {"study": "s", "method": "blockwise", "setting": setting, "seed": seed}
+                {"study": "s", "method": "blockwise", "setting": setting, "seed": seed, "test": "t"}
                 | {"block_length": 8, "tokens_per_step": 2, "accuracy": accuracy}
                 | {"supervised_tokens": 1234}
             )

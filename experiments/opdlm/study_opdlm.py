@@ -17,6 +17,7 @@ DEFAULTS = {
     "block_sizes": [4, 8],
     "gen_length": 64,
     "tokens_per_step": [1, 0],
+    "seeds": 3,
 }
 CONSTANTS = {
     "MICRO_BSIZE": 16,

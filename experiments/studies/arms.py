@@ -61,16 +61,26 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Benchmark:
+    """A test set: one of the hub, or a file of problems."""
+
+    name: str  # in results.csv
+    dataset: str  # as evaluate.py's --dataset
+    count: int  # problems
+    decoding: str  # names what, beside the way of decoding, decides an evaluation
+
+
+@dataclass(frozen=True)
 class Task:
     """What all runs have in common."""
 
     model: str  # the base, as evaluate.py's --model
-    test: str  # as evaluate.py's --dataset
+    weights: int  # of the base
     name: str  # of the base, in results.csv
+    tests: list[Benchmark]
     constants: dict  # of all training runs
     lengths: list[int]  # tokens of each answer to train on
     identity: str  # a digest of what else decides a training
-    decoding: str  # names what else decides an evaluation
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ class Setup:
     constants: dict  # of all runs
     trainers: list[str]  # methods whose trainers take --constants
     build_base: Callable | None = None  # makes FOLDER/model and FOLDER/data; None: flags name them
+    tests: tuple[str, ...] = ("test",)  # .jsonl files in FOLDER/data
     decodes_base: bool = True  # False: it is autoregressive, and decodes no blocks
     method_constants: dict = field(default_factory=dict)  # {method: constants}, unless given
 
@@ -111,6 +122,16 @@ def common_steps(args, lengths, block_sizes):
     rows = constant(args, "MICRO_BSIZE") * constant(args, "GRAD_ACC") * args.num_gpus
     blocks = sum(math.ceil(length / max(block_sizes)) for length in lengths)
     return max(1, min(args.steps, blocks // rows))
+
+
+def equal_token_steps(steps, lengths, block_size):
+    """Full-sequence steps that supervise as many tokens as `steps` blockwise ones, in expectation.
+
+    Both mask with t ~ U(0, 1): a blockwise draw half a block, a full-sequence draw half an answer.
+    """
+    # a draw's block is any of its answer's: their mean length is the answer's over their number
+    block_tokens = sum(length / math.ceil(length / block_size) for length in lengths)
+    return max(1, round(steps * block_tokens / sum(lengths)))
 
 
 def constant(args, name):
@@ -200,8 +221,8 @@ def ways_of_runs(arms):
     return found
 
 
-def evaluation_folder(task, run, way):
+def evaluation_folder(run, test, way):
     """Where an evaluation of the run is: its name has what decides it."""
     last = "-last" if way.end_tokens_last else ""
-    name = f"block{way.block_length}-tokens{way.tokens_per_step}{last}-{task.decoding}"
-    return run.folder / name
+    name = f"block{way.block_length}-tokens{way.tokens_per_step}{last}-{test.decoding}"
+    return run.folder / f"{test.name}-{name}"

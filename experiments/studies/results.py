@@ -1,18 +1,17 @@
 """What came out of a study: the lines of results.csv, and the tables that are printed."""
 
 import csv
-import io
 import json
 from itertools import product
 
 import plot
 from studies.arms import evaluation_folder
-from suite import write_text
+from suite import write_csv
 
 COLUMNS = (
-    "study method setting seed block_length end_tokens_last tokens_per_step tokens_per_forward "
-    "gen_length accuracy exact_match count loss supervised_tokens train_steps seconds "
-    "decoding_seconds model"
+    "study method setting seed test block_length end_tokens_last tokens_per_step "
+    "tokens_per_forward gen_length accuracy exact_match count loss supervised_tokens train_steps "
+    "seconds decoding_seconds model"
 ).split()
 
 # ------- results.csv
@@ -22,8 +21,8 @@ def collect(args, task, arms):
     """The lines of results.csv, from what the runs have left; missing evaluations are left out."""
     rows = []
     for arm in arms:
-        for run, way in product(arm.runs, arm.ways):
-            path = evaluation_folder(task, run, way) / "summary.json"
+        for run, test, way in product(arm.runs, task.tests, arm.ways):
+            path = evaluation_folder(run, test, way) / "summary.json"
             if not path.exists():
                 continue
             summary = json.loads(path.read_text())
@@ -32,6 +31,7 @@ def collect(args, task, arms):
                 "method": arm.method,
                 "setting": arm.setting,
                 "seed": run.seed,
+                "test": test.name,
                 "block_length": way.block_length,
                 "end_tokens_last": int(way.end_tokens_last),
                 "tokens_per_step": way.tokens_per_step,
@@ -77,38 +77,40 @@ def count_tokens(logs):
         return sum(int(row["tokens"]) for row in csv.DictReader(file))
 
 
-def write_results(path, rows, studies, model):
-    """Write `rows`, those of `studies`; other studies of the same model keep their lines."""
+def write_results(path, rows, studies, task):
+    """Write `rows`, those of `studies` and the task's tests; what else is there of the same model
+    is kept.
+    """
+    tests = [test.name for test in task.tests]
     before = []
     if path.exists():
         with open(path, newline="") as file:
             before = list(csv.DictReader(file))
-    own = [row for row in before if row.get("model") == model]
-    kept = [row for row in own if row["study"] not in studies]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*kept, *rows])
-    write_text(path, text.getvalue())
+    own = [row for row in before if row.get("model") == task.name]
+    kept = [row for row in own if row["study"] not in studies or row.get("test") not in tests]
+    write_csv(path, COLUMNS, [*kept, *rows])
 
 
 # ------- tables
 
 
 def print_table(rows):
-    """Print a line per setting and decoding block, with a column per number of tokens per step."""
-    paces = sorted({row["tokens_per_step"] for row in rows})
-    columns = [plot.pace_name(pace) for pace in paces]
-    table = [["study", "method", "setting", "decoding", *columns, "supervised tokens"]]
+    """Print a line per setting and decoding block, with a column per test and tokens per step."""
+    columns = {}  # (test, tokens per step): a title
+    several_tests = len({row["test"] for row in rows}) > 1
+    for row in sorted(rows, key=lambda row: row["tokens_per_step"]):
+        test, pace = row["test"], row["tokens_per_step"]
+        columns[test, pace] = f"{test}, " * several_tests + plot.pace_name(pace)
+    table = [["study", "method", "setting", "decoding", *columns.values(), "supervised tokens"]]
     groups = {}
     for row in rows:
         key = (row["study"], row["method"], row["setting"], plot.decoding_name(row))
         groups.setdefault(key, []).append(row)
     for key, group in groups.items():
         line = list(key)
-        for pace in paces:
-            values = [100 * row["accuracy"] for row in group if row["tokens_per_step"] == pace]
-            line.append(show(values))
+        for column in columns:
+            own = [row for row in group if (row["test"], row["tokens_per_step"]) == column]
+            line.append(show([100 * row["accuracy"] for row in own]))
         tokens = group[0]["supervised_tokens"]
         line.append(f"{tokens:,}" if tokens else "")
         table.append(line)
@@ -122,10 +124,12 @@ def print_table(rows):
 def print_differences(rows):
     """Print how far each setting's accuracy is from that of its study's first, paired by seed."""
     accuracy = {}  # of (study, setting), by way of decoding and seed
+    several_tests = len({row["test"] for row in rows}) > 1
     for row in rows:
         if row["method"] != "base":
             arm = (row["study"], plot.label(row))
-            way = f"{plot.decoding_name(row)}, {plot.pace_name(row['tokens_per_step'])}"
+            decoding = plot.decoding_name(row, several_tests)
+            way = f"{decoding}, {plot.pace_name(row['tokens_per_step'])}"
             seeds = accuracy.setdefault(arm, {}).setdefault(way, {})
             seeds[row["seed"]] = 100 * row["accuracy"]
     print("\ndifference to the first setting of the study in points, paired by seed: mean with its")

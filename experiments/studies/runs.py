@@ -11,32 +11,35 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from functools import partial
+from itertools import product
 from multiprocessing import active_children, get_context
+from pathlib import Path
 
 import evaluate
 import suite
 import torch
 import train_control
-from studies.arms import THRESHOLD, Task, constant, evaluation_folder, script_of
+from studies.arms import THRESHOLD, Benchmark, Task, constant, evaluation_folder, script_of
 from suite import digest, file_digest, write_json
 from tqdm import tqdm
+
+from train_blockwise import empty_model
 
 # ------- what all runs have in common
 
 
 def prepare(args):
     """Make the base, unless one is given, and the .pt file in `args.output`; returns the Task."""
-    model, data, test = args.model, args.data, args.test
-    if model is None:
+    model, data, datasets = args.model, args.data, args.test
+    if args.setup.build_base:
         base = args.output / f"{args.setup.name}-base"
         if not (base / "model").exists():
             shutil.rmtree(base, ignore_errors=True)  # what a killed study left
             args.setup.build_base(base)
         model = str(base / "model")
         data = str(base / "data" / "train.jsonl")
-        test = str(base / "data" / "test.jsonl")
-    problems = list(evaluate.load_task(test).eval_docs)[: args.limit]
+        datasets = [str(base / "data" / f"{name}.jsonl") for name in args.setup.tests]
+    tests = [load_test(args, dataset) for dataset in datasets]
     config, _ = evaluate.load_config(model, "main")
     contents = evaluate.model_identity(model, config)
     pt_file = preprocess(args, model, data, contents)
@@ -47,11 +50,22 @@ def prepare(args):
     }
     return Task(
         model=model,
-        test=test,
+        weights=empty_model(model, "main", config).num_parameters(),
         name=f"{os.path.basename(model)}-{digest(contents)[:8]}",
+        tests=tests,
         constants=constants | args.constants,
         lengths=answer_lengths(args, pt_file),
         identity=digest(contents, file_digest(pt_file)),
+    )
+
+
+def load_test(args, dataset):
+    """The test set of `dataset`; a file is named by its name."""
+    problems = list(evaluate.load_task(dataset).eval_docs)[: args.limit]
+    return Benchmark(
+        name=Path(dataset).stem,
+        dataset=dataset,
+        count=len(problems),
         decoding=f"gen{args.gen_length}-{digest(json.dumps([problems, args.batch_size]))[:8]}",
     )
 
@@ -59,7 +73,7 @@ def prepare(args):
 def preprocess(args, model, data, contents):
     """The .pt file of `data`; pt.py makes it unless it is there. Its name has what decides it."""
     words = ["--max_len", str(constant(args, "MAX_LEN"))]
-    if args.model is None:
+    if args.setup.build_base:
         words += ["--max_samples", "0", "--filter_type", ""]  # all of the toy's rows
     source = file_digest(data) if os.path.isfile(data) else data
     path = args.output / f"train-{digest(contents, source, *words)[:8]}.pt"
@@ -85,41 +99,46 @@ def answer_lengths(args, pt_file):
 
 
 def do_all(args, task, ways_of_runs):
-    """Do the runs, `args.jobs` at a time, the base's first: if it fails, there are no others.
+    """Do the runs, `args.jobs` at a time, the base first; when it fails, no others are begun.
 
     Returns:
         a message for each that failed.
     """
+    context = get_context("spawn")
+    gpus = context.SimpleQueue()  # of each process of the pool
+    for number in range(args.jobs):
+        gpus.put(visible_gpus()[number * args.num_gpus : (number + 1) * args.num_gpus])
     pool = ProcessPoolExecutor(
         args.jobs,
-        get_context("spawn"),
+        context,
         initializer=begin_worker,
-        initargs=(os.getpid(), threads(args)),
+        initargs=(os.getpid(), threads(args), gpus),
     )
-    do = partial(complete, args, task)
-    base = {run: ways for run, ways in ways_of_runs.items() if run.method == "base"}
-    others = {run: ways for run, ways in ways_of_runs.items() if run.method != "base"}
+    base_first = sorted(ways_of_runs, key=lambda run: run.method != "base")
+    waiting = {}
+    for run in base_first:
+        waiting[pool.submit(complete, args, task, run, ways_of_runs[run])] = run
+    failed = []
     try:
-        failed = do_batch(pool, do, base) if base else []
-        if not failed:
-            failed = do_batch(pool, do, others)
+        for future in tqdm(as_completed(waiting), total=len(waiting), unit=" runs", desc="study"):
+            if future.exception():
+                failed.append(f"{waiting[future].folder}: {future.exception()}")
+                if waiting[future].method == "base":
+                    break
     except KeyboardInterrupt:
         for process in active_children():
             process.terminate()
         raise
     finally:
-        pool.shutdown()
+        pool.shutdown(cancel_futures=True)
     return failed
 
 
-def do_batch(pool, do, ways_of_runs):
-    """Do these runs in the pool's processes; returns a message for each that failed."""
-    waiting = {pool.submit(do, run, ways): run for run, ways in ways_of_runs.items()}
-    failed = []
-    for future in tqdm(as_completed(waiting), total=len(waiting), unit=" runs", desc="study"):
-        if future.exception():
-            failed.append(f"{waiting[future].folder}: {future.exception()}")
-    return failed
+def visible_gpus():
+    """The numbers of the GPUs that this process may use, as text."""
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",")[:count] if given else [str(number) for number in range(count)]
 
 
 def threads(args):
@@ -127,14 +146,19 @@ def threads(args):
     return max(1, len(os.sched_getaffinity(0)) // (args.jobs * args.num_gpus))
 
 
-def begin_worker(parent, count):
-    """Prepare a process of the pool: it ends when the study does, and uses `count` threads."""
+def begin_worker(parent, count, gpus):
+    """Prepare a process of the pool: it ends when the study does, and uses `count` threads and the
+    next of `gpus`.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, and its trainer too
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
     if os.getppid() != parent:  # the study was killed before this call
         os._exit(1)
     torch.set_num_threads(count)
+    own = gpus.get()
+    if own:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)  # before CUDA starts here
 
 
 # ------- one run
@@ -148,17 +172,17 @@ def complete(args, task, run, ways):
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     missing = {}
-    for way in sorted(ways):
-        output = evaluation_folder(task, run, way)
+    for way, test in product(sorted(ways), task.tests):
+        output = evaluation_folder(run, test, way)
         if not (output / "summary.json").exists():
-            missing[output] = way
+            missing[output] = way, test
     if not missing:
         return
     with open(run.folder / "log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             model = task.model if run.method == "base" else train(args, run)
-            for output, way in missing.items():
-                places = suite.flags({"model": model, "dataset": task.test, "output": output})
+            for output, (way, test) in missing.items():
+                places = suite.flags({"model": model, "dataset": test.dataset, "output": output})
                 measure(args, output, [*places, *decoding_flags(args, way)])
         except SystemExit as error:  # it would end this process, which has other runs to do
             raise RuntimeError(f"{error.code}; see {log.name}") from error
@@ -172,7 +196,9 @@ def execute(args, script, words, folder="."):
     Returns:
         its exit status.
     """
-    start = suite.launcher(args.num_gpus) if args.num_gpus > 1 else [sys.executable]
+    start = [sys.executable]
+    if args.num_gpus > 1:
+        start = suite.launcher(args.num_gpus, visible_gpus())
     command = [*start, script, *words]
     return suite.run(command, folder, sys.stdout, OMP_NUM_THREADS=str(threads(args)))
 
@@ -224,11 +250,10 @@ def find_checkpoint(folder):
 
 def decoding_flags(args, way):
     """The flags of evaluate.py for a way of decoding."""
-    steps_per_block = math.ceil(way.block_length / (way.tokens_per_step or 1))
     settings = {
         "gen_length": args.gen_length,
         "block_length": way.block_length,
-        "steps": args.gen_length // way.block_length * steps_per_block,
+        "steps": decoding_steps(args, way),
         "batch_size": args.batch_size,
     }
     if args.limit:
@@ -237,6 +262,12 @@ def decoding_flags(args, way):
         settings["threshold"] = THRESHOLD
     switches = ["--confidence_eos_eot_inf"] if way.end_tokens_last else []
     return [*suite.flags(settings), *switches]
+
+
+def decoding_steps(args, way):
+    """The forward passes that an answer takes, at most."""
+    steps_per_block = math.ceil(way.block_length / (way.tokens_per_step or 1))
+    return args.gen_length // way.block_length * steps_per_block
 
 
 def measure(args, output, words):

@@ -47,7 +47,8 @@ BASE = Path(__file__).with_name("chains_base.safetensors")
 # Problems
 OPERATIONS = ("max", "min", "plus", "minus")
 LABELS = "pqrstuvw"  # one per instruction
-SHORTEST = 5  # instructions; the longest problem has one for every label
+SHORTEST = 5  # instructions
+LONGEST = len(LABELS)
 TRAIN_ROWS = 8000
 TEST_ROWS = 1000
 GEN_LENGTH = 64  # tokens that hold every answer with its end
@@ -109,13 +110,16 @@ def apply(operation, value, operand):
     return max(0, value - operand)
 
 
-def problem(rng, works_out=True):
-    """One problem as (query, response); the response works it out, or repeats it and states it."""
+def problem(rng, works_out=True, operations=OPERATIONS, longest=LONGEST):
+    """One problem as (query, response); the response works it out, or repeats it and states it.
+
+    It has at most `longest` instructions, with these operations.
+    """
     value = rng.randint(0, 9)
     first = value
     instructions, steps = [], []
-    for label in LABELS[: rng.randint(SHORTEST, len(LABELS))]:
-        operation = rng.choice(OPERATIONS)
+    for label in LABELS[: rng.randint(SHORTEST, longest)]:
+        operation = rng.choice(operations)
         operand = rng.randint(0, 9)
         result = apply(operation, value, operand)
         instructions.append(f"{label} {operation} {operand}")
@@ -127,14 +131,14 @@ def problem(rng, works_out=True):
     return query, " ; ".join([*steps, f"The answer is: {value}"])
 
 
-def problems(rng, rows, seen, habit=0.0):
+def problems(rng, rows, seen, habit=0.0, **kind):
     """`rows` problems in MetaMathQA's columns, whose queries are not in `seen`, which grows.
 
-    `habit` is the share of the answers that only repeat the instructions.
+    `habit` is the share of the answers that only repeat the instructions; `kind` goes to `problem`.
     """
     made = []
     while len(made) < rows:
-        query, response = problem(rng, works_out=rng.random() >= habit)
+        query, response = problem(rng, works_out=rng.random() >= habit, **kind)
         if query in seen:
             continue
         seen.add(query)
@@ -275,23 +279,28 @@ def pretrain(model, loss_of, ids, prompt_len, steps, batch_size, peak_lr, genera
 
 
 def make_base(path):
-    """Pretrain the base and write its weights in bf16 to `path`.
+    """Pretrain the base on worked-out answers, then on the habit; see `write_base`."""
+    _, _, rows, habit = splits(TRAIN_ROWS, TEST_ROWS, PRETRAIN_ROWS, HABIT_ROWS)
+    stages = [(rows, PRETRAIN_STEPS, PRETRAIN_LR), (habit, HABIT_STEPS, HABIT_LR)]
+    write_base(path, SHAPE, stages, PRETRAIN_BATCH)
+
+
+def write_base(path, shape, stages, batch_size):
+    """Pretrain a base in stages (problems, steps, peak LR); writes its weights in bf16 to `path`.
 
     The rows of its embedding and head are those of `list_ids`; the last one is every other id's.
     """
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
     tokenizer = build_tokenizer(wide=False)
-    _, _, rows, habit = splits(TRAIN_ROWS, TEST_ROWS, PRETRAIN_ROWS, HABIT_ROWS)
-    config = make_config(tokenizer, SHAPE)
+    config = make_config(tokenizer, shape)
     config.embedding_size = config.vocab_size + 1
     config.init_std = INIT_STD
     model = LLaDAModelLM(config).train()
     loss_of = partial(denoising_loss, generator=generator)
-    stages = [(rows, PRETRAIN_STEPS, PRETRAIN_LR), (habit, HABIT_STEPS, HABIT_LR)]
-    for stage, steps, peak_lr in stages:
-        ids, prompt_len = encode(tokenizer, stage)
-        pretrain(model, loss_of, ids, prompt_len, steps, PRETRAIN_BATCH, peak_lr, generator)
+    for rows, steps, peak_lr in stages:
+        ids, prompt_len = encode(tokenizer, rows)
+        pretrain(model, loss_of, ids, prompt_len, steps, batch_size, peak_lr, generator)
     state = {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
     save_file(state, path)
 
@@ -361,13 +370,16 @@ def build(folder, wide=True, base=BASE, train_rows=TRAIN_ROWS, test_rows=TEST_RO
     except OSError as error:
         sys.exit(f"{folder} cannot be written ({error.strerror}); give another folder")
     test, train, _, _ = splits(train_rows, test_rows)
-    for name, rows in (("test", test), ("train", train)):
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (unfinished / "data" / f"{name}.jsonl").write_text("".join(lines))
+    write_rows(unfinished / "data" / "test.jsonl", test)
+    write_rows(unfinished / "data" / "train.jsonl", train)
     write_model(unfinished / "model", wide, base, shape)
     for name in ("data", "model"):
         os.rename(unfinished / name, folder / name)
     unfinished.rmdir()
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main(args):

@@ -1,0 +1,53 @@
+"""The study narrow: what SFT on a narrow kind of problem adds, and what it makes a model forget.
+
+    python experiments/study.py narrow
+
+It is the paper's situation in small: pt.py leaves the GSM rows of MetaMathQA out, GSM8K is the
+test, and the base is able to do it. Base and problems are those of toy_task/narrow.py.
+"""
+
+from studies.arms import Setup, Study, common_steps, equal_token_steps, make_ways
+from toy_task import narrow
+
+import train_fullseq
+
+LRS = [1e-3, 4e-3, 16e-3]  # from little learning and forgetting to much
+DEFAULTS = {
+    "steps": 200,
+    "block_size": 16,
+    "block_sizes": [16],
+    "gen_length": 64,
+    "tokens_per_step": [1, 2],
+    "seeds": 10,
+}
+CONSTANTS = {
+    "MICRO_BSIZE": 16,
+    "LORA_RANK": 32,
+    "MAX_LEN": 112,
+    "MAX_SAMPLES": 8000,
+}
+LIFT_CONSTANTS = {name: train_fullseq.CONSTANTS[name] for name in ("TARGET_MODS",)}
+
+
+def methods_by_lr(args, lengths):
+    """Learning and forgetting on a narrow kind of problem: the methods, each with three LR."""
+    steps = common_steps(args, lengths, [args.block_size])
+    fewer = {"TOTAL_TRAIN_STEPS": equal_token_steps(steps, lengths, args.block_size)}
+    arms = [("blockwise", {}), ("fullseq", {}), ("fullseq", fewer), ("rest", {}), ("lift", {})]
+    return [(method, changes | {"LR": lr}) for method, changes in arms for lr in LRS]
+
+
+def default_block(args, changes):
+    return make_ways(args, [args.block_size])
+
+
+NARROW = Setup(
+    name="narrow",
+    studies={"narrow": Study(methods_by_lr, default_block)},
+    defaults=DEFAULTS,
+    constants=CONSTANTS,
+    trainers=["blockwise", "fullseq", "lift"],
+    build_base=narrow.build,
+    tests=("narrow", "full"),
+    method_constants={"lift": LIFT_CONSTANTS},
+)
