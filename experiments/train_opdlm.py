@@ -100,7 +100,7 @@ TARGET_MODS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 # Output
 CKPT_DIR = "ckpts_opdlm"  # prefix of the folders that a run writes
 SAVE_ADAPTER = False  # not offered: an adapter alone would not tell how to decode with it
-COMPILE = False  # not offered
+COMPILE = False  # True: torch.compile the layers for the updates; the rollouts run without
 STATE_EVERY = 1  # rollouts between states to resume from; None: no states
 
 OWN = {name: value for name, value in globals().items() if name.isupper()}
@@ -115,7 +115,8 @@ LIMITS = [
     ("THRESHOLD", [int, float], 0, 1),
     ("TEMPERATURE", [int, float], 0, 10**6),
     ("TRAIN_END FULL_FT", [bool], False, True),
-    ("SAVE_ADAPTER COMPILE", [False], None, None),
+    ("COMPILE", [bool], False, True),
+    ("SAVE_ADAPTER", [False], None, None),
     ("ANSWERS", ["student", "teacher", "data"], None, None),
     ("STATES", ["decoded", "random"], None, None),
     ("LOSS", ["kl", "cross-entropy"], None, None),
@@ -244,6 +245,7 @@ def frozen(model, teacher):
 
 
 # ------- rollouts
+@torch.compiler.set_stance("force_eager")  # every forward pass has another shape
 def decode_answers(args, run, teacher, draws, rollout):
     """{id: Answer} of a rollout's draws on this rank.
 

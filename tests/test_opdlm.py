@@ -507,6 +507,30 @@ def test_random_states_are_those_of_the_same_answers(control, model):
         assert torch.equal(random[draw].steps, steps[draw, : len(random[draw].steps)])
 
 
+def test_compiled_layers_learn_the_same(args, one_rank, monkeypatch):
+    """Rollouts of any shapes run without; the updates' losses and gradients are those without."""
+    compiler = partial(torch.compile, backend="eager")  # the graphs, without a compiler
+    monkeypatch.setattr(torch, "compile", compiler)
+    args.GEN_LENGTH = args.FIRST_GEN_LENGTH = 12
+    found = []
+    for args.COMPILE in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        run = run_of(adapted(train_fullseq.prepare_layers(args, small_qwen())))
+        graphs = []
+        for rollout in range(2):
+            answers = train_opdlm.decode_answers(args, run, None, DRAWS, rollout)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            run.model.zero_grad()
+            for draws in (DRAWS, DRAWS[:2]):
+                train_opdlm.micro_batch_loss(args, run, None, answers, draws).backward()
+        assert (graphs[0] == 0) and (graphs[1] > 0) == args.COMPILE
+        gradients = [p.grad for p in run.model.parameters() if p.requires_grad]
+        found.append([*(answer.ids for answer in answers.values()), *gradients])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-3, atol=1e-5)
+
+
 # ------- whole runs
 @pytest.fixture(scope="module")
 def ar_folder(tmp_path_factory):
