@@ -13,6 +13,7 @@ import decode
 import evaluate
 import held_out
 import pytest
+import study
 import torch
 import train_lift
 import transformers
@@ -29,6 +30,7 @@ from helpers import (
     without_mask,
 )
 from safetensors.torch import load_file
+from studies import runs
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 from toy_task import chains
@@ -238,6 +240,16 @@ def test_the_settings_of_a_family(trainer, family):
     problems = trainer.preflight(args, trainer.METHOD, 1)
     own = f"LOGIT_SHIFT = {not family.shift}: {args.MODEL_NAME} needs {family.shift}"
     assert problems == ([own] if family.name != "llada_moe" else [])  # whose model_type is unknown
+
+
+def test_studies_know_a_family(family, tmp_path):
+    """A study sets the mask token, and the shift where the configuration tells it."""
+    data = family.folder / "data"
+    places = {"model": family.folder / "model", "data": data / "train.jsonl", "output": tmp_path}
+    words = [*flags(**places), "--test", str(data / "test.jsonl"), "--constants", "MAX_LEN=400"]
+    known = runs.prepare(study.parse_args(["prefix", *words])).constants
+    assert known["MASK_ID"] == mask_id_of(family)
+    assert known.get("LOGIT_SHIFT", False) == family.shift
 
 
 def test_what_the_default_targets_train(trainer, family, capsys):

@@ -23,7 +23,8 @@ from studies.arms import THRESHOLD, Benchmark, Task, constant, evaluation_folder
 from suite import digest, file_digest, write_json
 from tqdm import tqdm
 
-from train_blockwise import empty_model
+import pt
+from train_blockwise import empty_model, logit_shift, mask_token_id
 
 # ------- what all runs have in common
 
@@ -43,11 +44,10 @@ def prepare(args):
     config, _ = evaluate.load_config(model, "main")
     contents = evaluate.model_identity(model, config)
     pt_file = preprocess(args, model, data, contents)
-    constants = {
-        "MODEL_NAME": model,
-        "DATA_PT": str(pt_file),
-        "MASK_ID": getattr(config, "mask_token_id", constant(args, "MASK_ID")),
-    }
+    constants = {"MODEL_NAME": model, "DATA_PT": str(pt_file)}
+    tokenizer = pt.load_tokenizer(model, "main")
+    known = {"MASK_ID": mask_token_id(config, tokenizer), "LOGIT_SHIFT": logit_shift(config)}
+    constants |= {name: value for name, value in known.items() if value is not None}
     return Task(
         model=model,
         weights=empty_model(model, "main", config).num_parameters(),
