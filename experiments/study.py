@@ -37,9 +37,11 @@ from studies.arms import (
     Study,
     common_steps,
     constant,
+    default_block,
     equal_token_steps,
     make_arms,
     make_ways,
+    own_block,
     vary,
     ways_of_runs,
 )
@@ -183,17 +185,8 @@ def controls(args, lengths):
 # A setting's ways of decoding are a function of the flags and of the setting's constants.
 
 
-def default_block(args, changes):
-    return make_ways(args, [args.block_size])
-
-
 def every_block(args, changes):
     return make_ways(args, args.block_sizes)
-
-
-def own_block(args, changes):
-    """The block of the setting's training; without one, every block."""
-    return make_ways(args, [changes["BLOCK_SIZE"]] if changes else args.block_sizes)
 
 
 def also_without_blocks(args, changes):

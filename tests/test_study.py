@@ -19,6 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import helpers
+import numpy as np
 import plot
 import pytest
 import study
@@ -720,6 +721,55 @@ def test_a_panel_for_each_way_of_decoding():
     dashed = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
     assert dashed == pytest.approx([12])
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
+
+
+def test_learning_against_forgetting():
+    """A curve per method through its LR, measured from the base; what is not whole is left out."""
+    rows = []
+    for method, setting, test, accuracies in (
+        ("base", "", "narrow", [0.5]),
+        ("base", "", "full", [0.8]),
+        ("fullseq", "LR=0.1", "narrow", [0.6, 0.7]),
+        ("fullseq", "LR=0.1", "full", [0.7, 0.7]),
+        ("fullseq", "LR=0.2", "narrow", [0.9]),
+        ("fullseq", "LR=0.2", "full", [0.4]),
+        ("fullseq", "LR=0.1 steps=5", "narrow", [0.55]),
+        ("fullseq", "LR=0.1 steps=5", "full", [0.75]),
+        ("rest", "LR=0.1", "narrow", [0.5]),
+    ):
+        for seed, accuracy in enumerate(accuracies):
+            rows.append(
+                {"method": method, "setting": setting, "test": test, "seed": str(seed)}
+                | {"tokens_per_step": "2", "accuracy": str(accuracy)}
+            )
+    (axes,) = plot.draw_tradeoff("narrow", rows).axes
+    curves = {text.get_label(): text.lines[0].get_xydata() for text in axes.containers}
+    assert list(curves) == ["fullseq", "fullseq steps=5", "rest"]
+    assert curves["fullseq"] == pytest.approx(np.array([[15, -10], [40, -40]]))
+    assert curves["fullseq steps=5"] == pytest.approx(np.array([[5, -5]]))
+    assert len(curves["rest"]) == 0
+
+
+def test_differences_by_block():
+    """Paired by seed; a seed that one method lacks is left out."""
+    rows = []
+    for method, block, accuracies in (
+        ("base", 8, {"base": 0.1}),
+        ("blockwise", 8, {"1": 0.5, "2": 0.7, "3": 0.9}),
+        ("fullseq", 8, {"1": 0.4, "2": 0.4}),
+        ("blockwise", 32, {"1": 0.5}),
+        ("fullseq", 32, {"1": 0.6}),
+    ):
+        for seed, accuracy in accuracies.items():
+            rows.append(
+                {"method": method, "seed": seed, "block_length": str(block), "gen_length": "64"}
+                | {"tokens_per_step": "2", "accuracy": str(accuracy)}
+            )
+    (axes,) = plot.draw_by_block("answer-blocks", rows).axes
+    (curve,) = axes.containers
+    assert curve.lines[0].get_xydata() == pytest.approx(np.array([[0, -10], [1, 20]]))
+    names = [text.get_text() for text in axes.get_xticklabels()]
+    assert names == ["2\n(32 tokens)", "8\n(8 tokens)"]
 
 
 def test_a_colour_tells_the_method_and_a_marker_the_setting():

@@ -8,7 +8,7 @@ Every arm has the block of its training in decoding too. Guide: experiments/docs
 from itertools import product
 
 from opdlm import chains_ar
-from studies.arms import Setup, Study, common_steps, make_ways
+from studies.arms import Setup, Study, common_steps, own_block
 
 METHODS = ["opdlm", "own-random", "distill", "sft-teacher", "sft-data"]
 DEFAULTS = {
@@ -44,10 +44,6 @@ def opdlm(args, lengths):
     return settings
 
 
-def training_block(args, changes):
-    return make_ways(args, [changes["BLOCK_SIZE"]])
-
-
 def build_base(folder):
     share = chains_ar.build(folder)
     print(f"{folder}: the autoregressive base answers {share:.0%} of 100 test problems as written")
@@ -55,7 +51,7 @@ def build_base(folder):
 
 OPDLM = Setup(
     name="opdlm",
-    studies={"opdlm": Study(opdlm, training_block)},
+    studies={"opdlm": Study(opdlm, own_block)},
     defaults=DEFAULTS,
     constants=CONSTANTS,
     trainers=["opdlm"],

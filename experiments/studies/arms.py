@@ -117,6 +117,15 @@ def make_ways(args, block_lengths, end_tokens_last=False):
     return [Way(block_length, end_tokens_last, tokens) for block_length, tokens in pairs]
 
 
+def default_block(args, changes):
+    return make_ways(args, [args.block_size])
+
+
+def own_block(args, changes):
+    """The block of the setting's training; every block if it sets none."""
+    return make_ways(args, [changes["BLOCK_SIZE"]] if "BLOCK_SIZE" in changes else args.block_sizes)
+
+
 def common_steps(args, lengths, block_sizes):
     """`args.steps`, or fewer: as many as the blocks last for, of which none is drawn twice."""
     rows = constant(args, "MICRO_BSIZE") * constant(args, "GRAD_ACC") * args.num_gpus

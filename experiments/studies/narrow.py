@@ -6,7 +6,7 @@ It is the paper's situation in small: pt.py leaves the GSM rows of MetaMathQA ou
 test, and the base is able to do it. Base and problems are those of toy_task/narrow.py.
 """
 
-from studies.arms import Setup, Study, common_steps, equal_token_steps, make_ways
+from studies.arms import Setup, Study, common_steps, default_block, equal_token_steps
 from toy_task import narrow
 
 import train_fullseq
@@ -26,7 +26,6 @@ CONSTANTS = {
     "MAX_LEN": 112,
     "MAX_SAMPLES": 8000,
 }
-LIFT_CONSTANTS = {name: train_fullseq.CONSTANTS[name] for name in ("TARGET_MODS",)}
 
 
 def methods_by_lr(args, lengths):
@@ -37,10 +36,6 @@ def methods_by_lr(args, lengths):
     return [(method, changes | {"LR": lr}) for method, changes in arms for lr in LRS]
 
 
-def default_block(args, changes):
-    return make_ways(args, [args.block_size])
-
-
 NARROW = Setup(
     name="narrow",
     studies={"narrow": Study(methods_by_lr, default_block)},
@@ -49,5 +44,5 @@ NARROW = Setup(
     trainers=["blockwise", "fullseq", "lift"],
     build_base=narrow.build,
     tests=("narrow", "full"),
-    method_constants={"lift": LIFT_CONSTANTS},
+    method_constants={"lift": {"TARGET_MODS": train_fullseq.TARGET_MODS}},
 )
