@@ -29,7 +29,7 @@ import sys
 
 import suite
 import torch
-from decoding.block_causal import decode_blocks
+from decoding.block_causal import decode_blocks, of_unfinished
 from decoding.key_values import KINDS, KeyValues, window
 from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from toy_task.llada.modeling_llada import LLaDAModelLM
@@ -149,7 +149,7 @@ def decode(
             lambda step, logits: choose(step.rows.tolist(), step.masked, logits, step.number),
             steps=len(num_transfer_tokens),
             shift=bool(logit_shift(model.config)),
-            callback=callback,
+            callback=callback and of_unfinished(callback, mask_id),
         )
         return answers
 

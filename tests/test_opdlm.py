@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -632,6 +633,27 @@ def test_decoding_with_the_cache_is_decoding_without(size, steps, threshold, shi
         filled = -(-length // size) * size
         assert answer[:filled].equal(expected[:filled])
         assert (answer[filled:] == AR_MASK).all()
+
+
+def test_forward_passes_of_an_answer():
+    """As many in a batch as alone: what waits for the others' block is not counted."""
+    model = ending_often(small_qwen())
+    model.config.update({"block_causal": 4})
+    ids = {"mask_id": AR_MASK, "eos_id": AR_EOS, "eot_id": AR_EOS}
+
+    def count(prompts):
+        passes = Counter()
+        options = {"gen_length": 24, "block_length": 4, "steps": 24, "threshold": 0.3}
+        decode.decode(
+            model, prompts, **options, **ids, callback=lambda rows, _: passes.update(rows)
+        )
+        return passes
+
+    torch.manual_seed(4)
+    prompts = [torch.randint(AR_MASK, (length,)) for length in (1, 9, 4, 4, 17, 2)]
+    together = count(prompts)
+    alone = [count([prompt])[0] for prompt in prompts]
+    assert [together[row] for row in range(6)] == alone and len(set(alone)) > 2
 
 
 def test_forward_passes_of_a_block(model):

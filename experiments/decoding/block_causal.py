@@ -172,6 +172,17 @@ def decode_blocks(
     return answers.cpu(), step_of.cpu()
 
 
+def of_unfinished(callback, mask_id):
+    """A callback for `decode_blocks` that leaves out prompts which wait for the others' block."""
+
+    def call(rows, ids):
+        unfinished = (ids == mask_id).any(1)  # (R,)
+        own = [row for row, goes_on in zip(rows, unfinished.tolist(), strict=True) if goes_on]
+        callback(own, ids[unfinished])
+
+    return call
+
+
 def cached_inputs(model, cache, ids, valid, size):
     """Inputs for the columns of ids (R, S) that the cache has not; S ends as a block does."""
     past = cache.get_seq_length()

@@ -32,7 +32,7 @@ import held_out
 import suite
 import torch
 import train_opdlm
-from decoding.block_causal import roll_out, sample_causally
+from decoding.block_causal import of_unfinished, roll_out, sample_causally
 from suite import write_text
 from tqdm import tqdm
 from transformers.utils.logging import set_verbosity_error
@@ -66,7 +66,8 @@ def measure(run, student, teacher):
             total["forwards"] += len(rows)
 
         greedy = SimpleNamespace(**vars(args) | {"TEMPERATURE": 0})
-        ids, _ = roll_out(greedy, student, prompts, token_noise, run.end_ids, count_forwards)
+        count = of_unfinished(count_forwards, args.MASK_ID)
+        ids, _ = roll_out(greedy, student, prompts, token_noise, run.end_ids, count)
         decoded = with_end(ids, run.end_ids)  # (B, N)
         logits = train_opdlm.teacher_logits(student, teacher, prompts, ids, decoded)  # (M, V)
         total["agree"] += int((logits.argmax(-1).cpu() == ids[decoded]).sum())
