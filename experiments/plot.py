@@ -225,7 +225,7 @@ def mean_interval(values):
     if count < 2:
         return fmean(values), math.nan
     freedom = count - 1
-    quantile = T_975[freedom - 1] if freedom <= len(T_975) else 1.96 + 2.4 / freedom
+    quantile = T_975[freedom - 1] if freedom <= len(T_975) else 1.96 + 2.56 / freedom
     return fmean(values), quantile * stdev(values) / math.sqrt(count)
 
 

@@ -645,8 +645,13 @@ def test_results_keep_what_other_studies_have_found(tmp_path):
         writer.writeheader()
         writer.writerows(dict(zip(names, line, strict=True)) for line in before)
     results.write_results(path, rows, ["prefix"], TASK)
+    results.write_results(path, rows, ["prefix"], TASK)  # instead of its own
     kept = [(row["study"], row["test"], row["accuracy"]) for row in read_results(path)]
     assert kept == [("suffix", "t", ""), ("prefix", "u", ""), ("prefix", "t", "0.5")]
+
+    path.write_text("study,model,accuracy\nprefix,m-0123,0.1\n")  # without tests
+    results.write_results(path, rows, ["prefix"], TASK)
+    assert [row["accuracy"] for row in read_results(path)] == ["0.5"]
 
 
 def test_differences_are_paired_by_seed(capsys):

@@ -79,9 +79,9 @@ def count_tokens(logs):
 
 def write_results(path, rows, studies, task):
     """Write `rows`, those of `studies` and the task's tests; what else is there of the same model
-    is kept.
+    is kept. Lines without a test are of an older version, and replaced.
     """
-    tests = [test.name for test in task.tests]
+    tests = [None, *(test.name for test in task.tests)]
     before = []
     if path.exists():
         with open(path, newline="") as file:
