@@ -45,11 +45,11 @@ def check_new(parser, output, *endings):
 def launcher(ranks, gpus=()):
     """The launcher's part of a command line, on a port that nothing else on this machine uses.
 
-    `gpus` are the numbers of those to use: with --num_gpus it ignores CUDA_VISIBLE_DEVICES.
+    `gpus` are their numbers, one per rank: with --num_gpus it ignores CUDA_VISIBLE_DEVICES.
     """
     devices = ["--num_gpus", str(ranks)]
     if gpus:
-        devices = ["--include", "localhost:" + ",".join(gpus[:ranks])]
+        devices = ["--include", "localhost:" + ",".join(gpus)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -4,11 +4,21 @@ import csv
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import train_opdlm
-from helpers import OF_AR_TOY, SUITE, build_ar_toy, launch
+from helpers import (
+    AR_EOS,
+    AR_MASK,
+    OF_AR_TOY,
+    SUITE,
+    build_ar_toy,
+    constants,
+    launch,
+    small_qwen,
+)
 from opdlm import compare
 
 SCRIPT = SUITE / "experiments" / "opdlm" / "compare.py"
@@ -58,6 +68,24 @@ def test_another_student_is_further_away(folder, tmp_path):
         assert float(line["kl"]) > 0.01 and float(line["agreement"]) < 0.9
     same = [{key: line[key] for key in ("kl", "agreement", "ended")} for line in lines]
     assert same[0] == same[1]
+
+
+def test_figures_do_not_depend_on_the_batch():
+    """Also not the forward passes, although answers of a batch wait for each other."""
+    model = small_qwen()
+    args = constants(train_opdlm, MASK_ID=AR_MASK, BLOCK_SIZE=4, THRESHOLD=0.3)
+    torch.manual_seed(4)
+    examples = [(length, torch.randint(AR_MASK, (length,))) for length in (1, 9, 4, 4, 17, 2)]
+
+    def measured(*batches):
+        run = {"args": args, "examples": examples, "batches": batches, "length": 24}
+        run["end_ids"] = [AR_EOS, AR_EOS]
+        figures, _ = compare.measure(SimpleNamespace(**run), model, model)
+        return figures
+
+    together, alone = measured([0, 1, 2, 3, 4, 5]), measured([0], [1], [2], [3], [4], [5])
+    assert together.pop("kl") == pytest.approx(alone.pop("kl"), abs=1e-3)
+    assert together == alone and 1.1 < together["tokens_per_forward"] < 4
 
 
 def test_an_answer_goes_up_to_its_first_end():

@@ -266,13 +266,16 @@ def test_the_paper_in_one_word():
 
 def test_the_cost_of_the_paper():
     """By hand: one run of 200 steps of 32 rows of 256 tokens, 8e9 weights, 8 answers decoded."""
-    args, arms = arms_of("suffix", "--model", "m", "--seeds", "1", "--jobs", "1")
+    words = "suffix --model m --seeds 1 --jobs 1".split()
+    args, arms = arms_of(*words)
     found = planning.ways_of_runs([arms[0], arms[1]])
     hours = (65 + 200 * 0.49 + 2 * 8 * 256 / 189) / 3600
     task = Task("m", 8 * 10**9, "m-0123", TESTS, {}, LENGTHS, "identity")
     text = cost.describe(args, task, found)
     assert text.startswith(f"about {hours:.1f} GPU-hours, {163 / 3600:.1f} of them training")
     assert "1 checkpoints of 16.0 GB" in text
+    args, arms = arms_of(*words, "--num_gpus", "2")  # for half as long
+    assert cost.describe(args, task, planning.ways_of_runs([arms[0], arms[1]])) == text
 
 
 def test_jobs_share_out_the_gpus(args, monkeypatch):
