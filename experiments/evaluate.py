@@ -256,19 +256,23 @@ def evaluate(args):
         write_json(folder / "summary.json", summary)
 
 
-def load_task(dataset=None, task=None, num_fewshot=None):
+def load_task(dataset=None, task=None, num_fewshot=None, flag="--dataset"):
     """A task of lm-evaluation-harness with its problems: that of a `dataset`, or the one named.
+
+    `flag` is what the messages call `dataset`.
 
     Raises:
         SystemExit: if it cannot be loaded, or has no problems, or is not generative.
     """
-    given = f"--task {task}" if task else f"--dataset {dataset}"
+    given = f"{flag} {dataset}"
+    remedy = f"give {flag} {', '.join(BENCHMARKS)} or a .jsonl file"
+    if task:
+        given = f"--task {task}"
+        remedy = "give a --task of `lm_eval ls tasks`, or a --dataset"
     spec = task or BENCHMARKS.get(dataset)
     if spec is None:  # metamath of another file: the harness changes members of groups only
         member = {"task": "metamath", "dataset_kwargs": {"path": str(dataset)}}
         spec = {"group": "local", "task": [member]}
-    names = ", ".join(BENCHMARKS)
-    remedy = f"give --dataset {names} or a .jsonl file, or a --task of `lm_eval ls tasks`"
     try:
         # the harness's own index takes some seconds
         harness = task is not None and not task.endswith((".yaml", ".yml"))

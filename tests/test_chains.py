@@ -35,7 +35,7 @@ def folders(tmp_path_factory):
 
 
 def test_answers_are_right():
-    """Against a second interpreter; each step begins with the value before it."""
+    """Against a second interpreter; each step begins with the value before it, by label."""
     rules = {
         "max": lambda a, b: a if a > b else b,
         "min": lambda a, b: a if a < b else b,
@@ -43,11 +43,12 @@ def test_answers_are_right():
         "minus": lambda a, b: a - b if a > b else 0,
     }
     rows = chains.problems(random.Random(4), 400, set())
-    for row in rows:
+    _, small, train, _ = narrow.splits(50, 50)
+    for row in rows + small + train:
         first, *instructions = row["query"].split(" ; ")
         *steps, last = row["response"].split(" ; ")
         value = int(first)
-        for instruction, step in zip(instructions, steps, strict=True):
+        for instruction, step in zip(sorted(instructions), steps, strict=True):
             label, operation, operand = instruction.split()
             result = rules[operation](value, int(operand))
             assert step == f"{label} {value} {operation} {operand} = {result}"
@@ -73,12 +74,20 @@ def test_no_problem_is_in_two_splits():
 
 
 def test_narrow_problems():
-    """Five instructions, plus and minus; the full test is that of chains.py; none is shared."""
+    """Five instructions in any order, plus and minus; the full test is that of chains.py; none is
+    shared, in order or not.
+    """
     full, small, train, pretraining = narrow.splits(50, 20, 60)
     assert full == chains.splits(50, 20)[0]
+    orders = set()
     for row in small + train:
         assert re.fullmatch(r"\d( ; [p-t] (plus|minus) \d){5}", row["query"])
-    queries = [{row["query"] for row in rows} for rows in (full, small, train, pretraining)]
+        orders.add("".join(re.findall("[p-t] ", row["query"])))
+    assert len(orders) > 30  # 70 of 120, with 54 expected
+    queries = [
+        {" ; ".join(sorted(row["query"].split(" ; "))) for row in rows}
+        for rows in (full, small, train, pretraining)
+    ]
     assert len(set.union(*queries)) == 20 + 20 + 50 + 60
 
 

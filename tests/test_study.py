@@ -221,6 +221,14 @@ def test_the_study_of_opdlm():
     assert {arm.method for arm in arms} == {"opdlm"} | of_opdlm
 
 
+def test_a_wrong_test_set(tmp_path):
+    """The message has the flag that the user gave."""
+    args, _ = arms_of("equal-compute")
+    path = tmp_path / "absent.jsonl"
+    with pytest.raises(SystemExit, match=rf"--test {path} cannot be loaded .*; give --test gsm8k"):
+        runs.load_test(args, str(path))
+
+
 def test_the_study_narrow():
     """Each method with three LR over a factor of 16; LIFT too has the LoRA of the others."""
     args, arms = arms_of("narrow", "--seeds", "2")

@@ -3,7 +3,8 @@
     python experiments/study.py narrow
 
 It is the paper's situation in small: pt.py leaves the GSM rows of MetaMathQA out, GSM8K is the
-test, and the base is able to do it. Base and problems are those of toy_task/narrow.py.
+test, and the base is able to do it. The narrow problems stand for MATH, the full ones for GSM8K.
+Base and problems are those of toy_task/narrow.py.
 """
 
 from studies.arms import Setup, Study, common_steps, default_block, equal_token_steps
@@ -17,7 +18,7 @@ DEFAULTS = {
     "block_size": 16,
     "block_sizes": [16],
     "gen_length": 64,
-    "tokens_per_step": [1, 2],
+    "tokens_per_step": [2],
     "seeds": 10,
 }
 CONSTANTS = {

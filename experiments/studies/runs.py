@@ -61,7 +61,7 @@ def prepare(args):
 
 def load_test(args, dataset):
     """The test set of `dataset`; a file is named by its name."""
-    problems = list(evaluate.load_task(dataset).eval_docs)[: args.limit]
+    problems = list(evaluate.load_task(dataset, flag="--test").eval_docs)[: args.limit]
     return Benchmark(
         name=Path(dataset).stem,
         dataset=dataset,

@@ -2,8 +2,9 @@
 
     python experiments/toy_task/narrow.py --overwrite     # pretrain the base again
 
-Unlike the base of chains.py it has no habit of guessing: SFT can teach it little, and can make it
-forget. A narrow problem has five instructions, all plus or minus.
+Unlike the base of chains.py it has no habit of guessing. A narrow problem has five instructions,
+all plus or minus, in any order: the labels say which is next, where all of its problems had them in
+order. So SFT teaches it to follow labels, and can make it forget max, min and longer problems.
 Guide: experiments/docs/studies.md
 """
 
@@ -31,7 +32,17 @@ def splits(train_rows, test_rows, pretrain_rows=0):
     full = chains.problems(rng, test_rows, seen)
     narrow = chains.problems(rng, test_rows, seen, **NARROW)
     train = chains.problems(rng, train_rows, seen, **NARROW)
-    return full, narrow, train, chains.problems(rng, pretrain_rows, seen)
+    pretrain = chains.problems(rng, pretrain_rows, seen)
+    for row in narrow + train:
+        shuffle(row, rng)
+    return full, narrow, train, pretrain
+
+
+def shuffle(row, rng):
+    """Put the instructions of a problem in any order; its answer stays."""
+    first, *instructions = row["query"].split(" ; ")
+    rng.shuffle(instructions)
+    row["query"] = row["original_question"] = " ; ".join([first, *instructions])
 
 
 def build(folder, train_rows=chains.TRAIN_ROWS, test_rows=chains.TEST_ROWS, base=BASE):
