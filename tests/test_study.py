@@ -685,6 +685,15 @@ def test_differences_are_paired_by_seed(capsys):
     mean_and_half = f"+1.0 +- {4.303 / 3**0.5:.1f}"
     assert f"s: blockwise b, decoding block 8, 2 per step: {mean_and_half}\n" in printed
 
+    names = ["LR=0.1", "LR=0.2", "LR=0.1 TOTAL_TRAIN_STEPS=5"]
+    rows = [
+        rows[0] | {"setting": name, "accuracy": accuracy}
+        for name, accuracy in zip(names, [0.5, 0.6, 0.8], strict=True)
+    ]
+    results.print_differences(rows)
+    (line,) = re.findall("s: .*", capsys.readouterr().out)
+    assert line == "s: blockwise LR=0.1 TOTAL_TRAIN_STEPS=5, decoding block 8, 2 per step: +30.0"
+
 
 # ------- plot.py
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from itertools import product
 
 import plot
@@ -122,21 +123,25 @@ def print_table(rows):
 
 
 def print_differences(rows):
-    """Print how far each setting's accuracy is from that of its study's first, paired by seed."""
-    accuracy = {}  # of (study, setting), by way of decoding and seed
+    """Print how far each setting's accuracy is from a reference, paired by seed.
+
+    The reference is the first setting of its study, or the first with its LR if that varies.
+    """
+    accuracy = {}  # of (study, LR, setting), by way of decoding and seed
     several_tests = len({row["test"] for row in rows}) > 1
     for row in rows:
         if row["method"] != "base":
-            arm = (row["study"], plot.label(row))
+            lr = re.search(r"\bLR=\S+", row["setting"])
+            arm = (row["study"], lr and lr[0], plot.label(row))
             decoding = plot.decoding_name(row, several_tests)
             way = f"{decoding}, {plot.pace_name(row['tokens_per_step'])}"
             seeds = accuracy.setdefault(arm, {}).setdefault(way, {})
             seeds[row["seed"]] = 100 * row["accuracy"]
-    print("\ndifference to the first setting of the study in points, paired by seed: mean with its")
-    print("95 % interval")
+    print("\ndifference to the first setting of the study (with the same LR) in points,")
+    print("paired by seed: mean with its 95 % interval")
     first = {}
-    for (study, setting), ways in accuracy.items():
-        reference = first.setdefault(study, ways)
+    for (study, lr, setting), ways in accuracy.items():
+        reference = first.setdefault((study, lr), ways)
         if ways is reference:
             continue
         for way, seeds in ways.items():
