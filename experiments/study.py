@@ -46,8 +46,9 @@ from studies.arms import (
     ways_of_runs,
 )
 from studies.narrow import NARROW
-from studies.results import collect, print_differences, print_table, write_results
+from studies.results import collect, write_results
 from studies.runs import do_all, prepare, visible_gpus
+from studies.tables import print_differences, print_table
 from toy_task import chains
 from transformers import logging
 

@@ -29,7 +29,7 @@ import train_control
 import train_opdlm
 from helpers import user_environment
 from studies import arms as planning
-from studies import cost, results, runs
+from studies import cost, results, runs, tables
 from studies.arms import Arm, Benchmark, Run, Task, Way
 from toy_task import chains
 
@@ -676,8 +676,8 @@ def test_differences_are_paired_by_seed(capsys):
                 | {"supervised_tokens": 1234}
             )
     base = rows[0] | {"method": "base", "setting": "", "seed": "base", "supervised_tokens": ""}
-    results.print_table([base, *rows])
-    results.print_differences([base, *rows])
+    tables.print_table([base, *rows])
+    tables.print_differences([base, *rows])
     printed = capsys.readouterr().out
     assert re.search(r"s +\| blockwise \| a +\| block 8 +\| 60\.0 \+- 24\.8 \| 1,234\n", printed)
     assert re.search(r"s +\| base +\| +\| block 8 +\| 50\.0 +\|\n", printed)
@@ -690,9 +690,39 @@ def test_differences_are_paired_by_seed(capsys):
         rows[0] | {"setting": name, "accuracy": accuracy}
         for name, accuracy in zip(names, [0.5, 0.6, 0.8], strict=True)
     ]
-    results.print_differences(rows)
+    tables.print_differences(rows)
     (line,) = re.findall("s: .*", capsys.readouterr().out)
     assert line == "s: blockwise LR=0.1 TOTAL_TRAIN_STEPS=5, decoding block 8, 2 per step: +30.0"
+
+
+def test_tables_of_a_file(tmp_path, capsys):
+    """All lines of the studies that are named, against the reference that is named."""
+    accuracies = {
+        "s,blockwise": (0.5, 0.6),
+        "s,lift": (0.7, 0.9),
+        "s,rest": (0.8, 0.9),
+        "u,span": (0.1, 0.1),
+    }
+    path = tmp_path / "results.csv"
+    with open(path, "w") as file:
+        file.write("study,method,setting,seed,test,block_length,tokens_per_step,accuracy,")
+        file.write("supervised_tokens\n")
+        for name, seeds in accuracies.items():
+            for seed, accuracy in enumerate(seeds):
+                file.write(f"{name},,{seed},t,8,2,{accuracy},1234\n")
+    words = [str(path), "s", "--reference", "lift"]
+    tables.main(tables.parse_args(words))
+    printed = capsys.readouterr().out
+    assert "span" not in printed and "| 1,234" in printed
+    assert "difference to lift, points" in printed
+    assert "s: blockwise, decoding block 8, 2 per step: -25.0 +- 63.5\n" in printed
+    assert "s: rest, decoding block 8, 2 per step: +5.0 +- 63.5\n" in printed
+    assert "s: lift" not in printed
+
+    with pytest.raises(SystemExit, match=r"--reference span: give one of blockwise, lift, rest"):
+        tables.main(tables.parse_args([str(path), "s", "--reference", "span"]))
+    with pytest.raises(SystemExit, match=r"v: not a study of .*csv; give some of s, u"):
+        tables.main(tables.parse_args([str(path), "v"]))
 
 
 # ------- plot.py

@@ -1,11 +1,9 @@
-"""What came out of a study: the lines of results.csv, and the tables that are printed."""
+"""What came out of a study: the lines of results.csv."""
 
 import csv
 import json
-import re
 from itertools import product
 
-import plot
 from studies.arms import evaluation_folder
 from suite import write_csv
 
@@ -90,71 +88,3 @@ def write_results(path, rows, studies, task):
     own = [row for row in before if row.get("model") == task.name]
     kept = [row for row in own if row["study"] not in studies or row.get("test") not in tests]
     write_csv(path, COLUMNS, [*kept, *rows])
-
-
-# ------- tables
-
-
-def print_table(rows):
-    """Print a line per setting and decoding block, with a column per test and tokens per step."""
-    columns = {}  # (test, tokens per step): a title
-    several_tests = len({row["test"] for row in rows}) > 1
-    for row in sorted(rows, key=lambda row: row["tokens_per_step"]):
-        test, pace = row["test"], row["tokens_per_step"]
-        columns[test, pace] = f"{test}, " * several_tests + plot.pace_name(pace)
-    table = [["study", "method", "setting", "decoding", *columns.values(), "supervised tokens"]]
-    groups = {}
-    for row in rows:
-        key = (row["study"], row["method"], row["setting"], plot.decoding_name(row))
-        groups.setdefault(key, []).append(row)
-    for key, group in groups.items():
-        line = list(key)
-        for column in columns:
-            own = [row for row in group if (row["test"], row["tokens_per_step"]) == column]
-            line.append(show([100 * row["accuracy"] for row in own]))
-        tokens = group[0]["supervised_tokens"]
-        line.append(f"{tokens:,}" if tokens else "")
-        table.append(line)
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    print("accuracy in %, mean over the seeds with its 95 % interval")
-    for line in table:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        print(" | ".join(cells).rstrip())
-
-
-def print_differences(rows):
-    """Print how far each setting's accuracy is from a reference, paired by seed.
-
-    The reference is the first setting of its study, or the first with its LR if that varies.
-    """
-    accuracy = {}  # of (study, LR, setting), by way of decoding and seed
-    several_tests = len({row["test"] for row in rows}) > 1
-    for row in rows:
-        if row["method"] != "base":
-            lr = re.search(r"\bLR=\S+", row["setting"])
-            arm = (row["study"], lr and lr[0], plot.label(row))
-            decoding = plot.decoding_name(row, several_tests)
-            way = f"{decoding}, {plot.pace_name(row['tokens_per_step'])}"
-            seeds = accuracy.setdefault(arm, {}).setdefault(way, {})
-            seeds[row["seed"]] = 100 * row["accuracy"]
-    print("\ndifference to the first setting of the study (with the same LR) in points,")
-    print("paired by seed: mean with its 95 % interval")
-    first = {}
-    for (study, lr, setting), ways in accuracy.items():
-        reference = first.setdefault((study, lr), ways)
-        if ways is reference:
-            continue
-        for way, seeds in ways.items():
-            others = reference.get(way, {})
-            pairs = [seeds[seed] - others[seed] for seed in seeds if seed in others]
-            if pairs:
-                print(f"{study}: {setting}, decoding {way}: {show(pairs, '+')}")
-
-
-def show(values, sign=""):
-    """The mean of the values with its 95 % interval, as text; nothing if there are none."""
-    if not values:
-        return ""
-    mean, half = plot.mean_interval(values)
-    interval = f" +- {half:.1f}" if len(values) > 1 else ""
-    return f"{mean:{sign}.1f}{interval}"
