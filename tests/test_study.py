@@ -230,10 +230,10 @@ def test_a_wrong_test_set(tmp_path):
 
 
 def test_the_study_narrow():
-    """Each method with three LR over a factor of 16; LIFT too has the LoRA of the others."""
+    """Each method with four LR over a factor of 64; LIFT too has the LoRA of the others."""
     args, arms = arms_of("narrow", "--seeds", "2")
     assert args.setup.tests == ("narrow", "full")
-    assert len(arms) == 1 + 5 * 3
+    assert len(arms) == 1 + 5 * 4
     found = {}
     for arm in arms[1:]:
         given = arm.runs[0].constants
@@ -245,7 +245,7 @@ def test_the_study_narrow():
         *[("blockwise", 200), ("fullseq", 200), ("fullseq", 67)],
         *[("rest", 200), ("lift", 200)],
     ]
-    assert all(lrs == [1e-3, 4e-3, 16e-3] for lrs in found.values())
+    assert all(lrs == [2.5e-4, 1e-3, 4e-3, 16e-3] for lrs in found.values())
 
 
 def test_blocks_per_answer():

@@ -12,7 +12,7 @@ from toy_task import narrow
 
 import train_fullseq
 
-LRS = [1e-3, 4e-3, 16e-3]  # from little learning and forgetting to much
+LRS = [2.5e-4, 1e-3, 4e-3, 16e-3]  # from little learning and forgetting to much
 DEFAULTS = {
     "steps": 200,
     "block_size": 16,
@@ -30,7 +30,7 @@ CONSTANTS = {
 
 
 def methods_by_lr(args, lengths):
-    """Learning and forgetting on a narrow kind of problem: the methods, each with three LR."""
+    """Learning and forgetting on a narrow kind of problem: the methods, each with four LR."""
     steps = common_steps(args, lengths, [args.block_size])
     fewer = {"TOTAL_TRAIN_STEPS": equal_token_steps(steps, lengths, args.block_size)}
     arms = [("blockwise", {}), ("fullseq", {}), ("fullseq", fewer), ("rest", {}), ("lift", {})]
