@@ -13,6 +13,7 @@ studies narrow and answer-blocks have curves instead.
 import csv
 import math
 import os
+import re
 import sys
 from collections import Counter
 from statistics import fmean, stdev
@@ -119,14 +120,14 @@ def draw_panel(axes, rows, styles):
 def draw_tradeoff(study, rows):
     """A figure of accuracy gained on the first test against that on the second; a panel per pace.
 
-    A curve joins the settings of a method that differ in LR alone.
+    A curve joins the settings of a method that differ in LR alone; the LR stands beside its point.
     """
     tests = list(dict.fromkeys(row["test"] for row in rows))
     paces = sorted({int(row["tokens_per_step"]) for row in rows})
     figure = Figure(figsize=(1 + 4 * len(paces), 4), layout="constrained")
     panels = figure.subplots(1, len(paces), squeeze=False, sharex=True, sharey=True)[0]
     for axes, pace in zip(panels, paces, strict=True):
-        curves = {}  # {a setting without its LR: {a setting: {test: accuracies}}}
+        curves = {}  # {a setting without its LR: {LR: {test: accuracies}}}
         base = {}  # {test: accuracy}
         for row in rows:
             if int(row["tokens_per_step"]) != pace:
@@ -135,13 +136,15 @@ def draw_tradeoff(study, rows):
             if row["method"] == "base":
                 base[row["test"]] = accuracy
                 continue
-            words = [word for word in label(row).split() if not word.startswith("LR=")]
-            settings = curves.setdefault(" ".join(words), {})
-            settings.setdefault(label(row), {}).setdefault(row["test"], []).append(accuracy)
+            (lr,) = re.findall(r" LR=(\S+)", label(row))
+            name = label(row).replace(f" LR={lr}", "")
+            by_test = curves.setdefault(name, {}).setdefault(lr, {})
+            by_test.setdefault(row["test"], []).append(accuracy)
         styles = make_styles([{"method": name.split()[0], "setting": name} for name in curves])
-        for (name, settings), style in zip(curves.items(), styles.values(), strict=True):
-            whole = [found for found in settings.values() if set(found) == set(base) == set(tests)]
-            draw_curve(axes, whole, tests, base, name, *style)
+        for (name, by_lr), style in zip(curves.items(), styles.values(), strict=True):
+            whole = {lr: found for lr, found in by_lr.items() if set(found) == set(tests)}
+            if set(base) == set(tests):
+                draw_curve(axes, whole, tests, base, name, *style)
         axes.axhline(0, color="grey", linewidth=0.7)
         axes.axvline(0, color="grey", linewidth=0.7)
         axes.set_title(pace_name(pace), fontsize="small")
@@ -153,15 +156,18 @@ def draw_tradeoff(study, rows):
     return figure
 
 
-def draw_curve(axes, settings, tests, base, name, color, marker):
-    """A curve through the settings, {test: accuracies} each, with 95 % intervals."""
+def draw_curve(axes, by_lr, tests, base, name, color, marker):
+    """A curve through the settings, {LR: {test: accuracies}}, with 95 % intervals."""
     points = []
-    for accuracies in settings:
+    for accuracies in by_lr.values():
         gains = [[value - base[test] for value in accuracies[test]] for test in tests]
         points.append([mean_interval(values) for values in gains])
     x, y = ([point[axis][0] for point in points] for axis in (0, 1))
     x_bar, y_bar = ([finite(point[axis][1]) for point in points] for axis in (0, 1))
     axes.errorbar(x, y, yerr=y_bar, xerr=x_bar, color=color, marker=marker, label=name, capsize=2)
+    near = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": "xx-small"}
+    for lr, point in zip(by_lr, zip(x, y, strict=True), strict=True):
+        axes.annotate(lr, point, color=color, **near)
 
 
 def finite(half):

@@ -790,7 +790,7 @@ def test_learning_against_forgetting():
         ("fullseq", "LR=0.2", "full", [0.4]),
         ("fullseq", "LR=0.1 steps=5", "narrow", [0.55]),
         ("fullseq", "LR=0.1 steps=5", "full", [0.75]),
-        ("rest", "LR=0.1", "narrow", [0.5]),
+        ("rest", "LR=0.1", "narrow", [0.5]),  # without the other test
     ):
         for seed, accuracy in enumerate(accuracies):
             rows.append(
@@ -803,6 +803,11 @@ def test_learning_against_forgetting():
     assert curves["fullseq"] == pytest.approx(np.array([[15, -10], [40, -40]]))
     assert curves["fullseq steps=5"] == pytest.approx(np.array([[5, -5]]))
     assert len(curves["rest"]) == 0
+    assert [(text.get_text(), text.xy) for text in axes.texts] == [
+        ("0.1", pytest.approx((15, -10))),
+        ("0.2", pytest.approx((40, -40))),
+        ("0.1", pytest.approx((5, -5))),
+    ]
 
 
 def test_differences_by_block():
