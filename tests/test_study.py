@@ -718,11 +718,16 @@ def test_tables_of_a_file(tmp_path, capsys):
     assert "s: blockwise, decoding block 8, 2 per step: -25.0 +- 63.5\n" in printed
     assert "s: rest, decoding block 8, 2 per step: +5.0 +- 63.5\n" in printed
     assert "s: lift" not in printed
+    tables.main(tables.parse_args([str(path), "--reference", "lift"]))
+    assert "u: " not in capsys.readouterr().out  # it has no lift
 
     with pytest.raises(SystemExit, match=r"--reference span: give one of blockwise, lift, rest"):
         tables.main(tables.parse_args([str(path), "s", "--reference", "span"]))
     with pytest.raises(SystemExit, match=r"v: not a study of .*csv; give some of s, u"):
         tables.main(tables.parse_args([str(path), "v"]))
+    path.write_text(path.read_text().replace(",test,", ",other,", 1))
+    with pytest.raises(SystemExit, match=r"results\.csv has no column test; give a CSV"):
+        tables.main(tables.parse_args([str(path)]))
 
 
 # ------- plot.py

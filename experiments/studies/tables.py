@@ -65,7 +65,9 @@ def print_differences(rows, name=None):
     first = {}
     named = {study: ways for (study, _, setting), ways in accuracy.items() if setting == name}
     for (study, lr, setting), ways in accuracy.items():
-        reference = named.get(study) or first.setdefault((study, lr), ways)
+        reference = first.setdefault((study, lr), ways)
+        if name:
+            reference = named.get(study, {})  # a study without it has no differences
         if ways is reference:
             continue
         for way, seeds in ways.items():
@@ -88,7 +90,7 @@ def show(values, sign=""):
 
 
 def main(args):
-    rows = plot.read_csv(args.csv, plot.COLUMNS)
+    rows = plot.read_csv(args.csv, (*plot.COLUMNS, "seed", "test", "supervised_tokens"))
     known = list(dict.fromkeys(row["study"] for row in rows))
     for study in args.studies:
         if study not in known:

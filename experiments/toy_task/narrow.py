@@ -3,8 +3,8 @@
     python experiments/toy_task/narrow.py --overwrite     # pretrain the base again
 
 Unlike the base of chains.py it has no habit of guessing. A narrow problem has five instructions,
-all plus or minus, in any order: the labels say which is next, where all of its problems had them in
-order. So SFT teaches it to follow labels, and can make it forget max, min and longer problems.
+all plus or minus, in any order: the labels say which is next. The base has seen them in order only.
+So SFT teaches it to follow labels, and can make it forget max, min and longer problems.
 Guide: experiments/docs/studies.md
 """
 
