@@ -702,6 +702,7 @@ def test_tables_of_a_file(tmp_path, capsys):
         "s,lift": (0.7, 0.9),
         "s,rest": (0.8, 0.9),
         "u,span": (0.1, 0.1),
+        "u,rest": (0.2, 0.3),
     }
     path = tmp_path / "results.csv"
     with open(path, "w") as file:
