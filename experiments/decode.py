@@ -37,7 +37,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig, logging
 
 import pt
-from train_blockwise import load_whole, logit_shift, logits_at, mask_token_id
+from train_blockwise import cpu_has_bf16, load_whole, logit_shift, logits_at, mask_token_id
 
 BLOCK_LENGTH = 32  # tokens, of a model that says nothing else
 LOGSUMEXP_ROWS = 32  # rows of logits reduced at once: they fit in a CPU's caches
@@ -454,7 +454,7 @@ def set_device(args):
         sys.exit(f"--device {args.device} cannot be used ({pt.first_line(error)})")
     if args.dtype is None:
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
-    slow = args.dtype == "bfloat16" and args.device.startswith("cpu") and not fast_bfloat16()
+    slow = args.dtype == "bfloat16" and args.device.startswith("cpu") and not cpu_has_bf16()
     if slow and os.environ.get("RANK", "0") == "0":
         message = "warning: this CPU computes bfloat16 slowly; --dtype float32 is faster"
         print(message, file=sys.stderr)
@@ -468,11 +468,6 @@ def local_rank():
     if os.environ.get("LOCAL_RANK"):
         return int(os.environ["LOCAL_RANK"])
     return int(os.environ.get("RANK") or 0) % max(1, torch.cuda.device_count())
-
-
-def fast_bfloat16():
-    """Whether torch has fast products in bfloat16 on this CPU."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def base_of(name, revision):

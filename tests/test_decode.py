@@ -605,7 +605,7 @@ def test_a_prompt_that_spells_the_mask_is_refused(toy_folder):
 def test_the_dtype_on_a_cpu(device, dtype, expected, capsys, monkeypatch):
     """float32 by default; bfloat16 where it is slow is warned of, in one line."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(decode, "fast_bfloat16", lambda: False)
+    monkeypatch.setattr(decode, "cpu_has_bf16", lambda: False)
     args = SimpleNamespace(device=device, dtype=dtype)
     decode.set_device(args)
     assert (args.device, args.dtype) == ("cpu", expected)

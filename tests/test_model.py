@@ -250,17 +250,20 @@ def test_compiled_is_the_same_to_rounding(toy_folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "has_bf16", "dtype"),
+    ("device", "capabilities", "dtype"),
     [
-        ("cpu", True, torch.bfloat16),
-        ("cpu", False, torch.float32),
-        ("cuda", False, torch.bfloat16),
+        ("cpu", {"avx512_f": True, "avx512_bf16": True}, torch.bfloat16),
+        ("cpu", {"avx512_f": True, "amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ("cpu", {"neon": True, "bf16": True}, torch.bfloat16),
+        ("cpu", {"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ("cpu", {"avx2": True}, torch.float32),
+        ("cuda", {"avx2": True}, torch.bfloat16),
     ],
 )
-def test_dtype(trainer, args, monkeypatch, device, has_bf16, dtype):
+def test_dtype(trainer, args, monkeypatch, device, capabilities, dtype):
     """A CPU without bf16 arithmetic computes in float32; a GPU never does."""
     monkeypatch.setattr(trainer.deepspeed.get_accelerator(), "device_name", lambda: device)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert trainer.compute_dtype() == dtype
     assert trainer.ds_config(args, 3)["bf16"]["enabled"] == (dtype == torch.bfloat16)
     if device == "cpu":
@@ -269,7 +272,7 @@ def test_dtype(trainer, args, monkeypatch, device, has_bf16, dtype):
 
 
 def test_a_checkpoint_of_a_float32_run_is_bf16(trainer, args, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(trainer, "cpu_has_bf16", lambda: False)
     model = trainer.build_model(args, "cpu")
     merged = merged_weights(trainer, args, model, tmp_path)
     assert all(torch.equal(merged[name], weight) for name, weight in base_weights(args).items())
