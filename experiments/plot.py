@@ -136,7 +136,8 @@ def draw_tradeoff(study, rows):
             if row["method"] == "base":
                 base[row["test"]] = accuracy
                 continue
-            (lr,) = re.findall(r" LR=(\S+)", label(row))
+            found = re.search(r" LR=(\S+)", label(row))
+            lr = found[1] if found else ""  # the method's own
             name = label(row).replace(f" LR={lr}", "")
             by_test = curves.setdefault(name, {}).setdefault(lr, {})
             by_test.setdefault(row["test"], []).append(accuracy)

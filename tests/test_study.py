@@ -797,6 +797,8 @@ def test_learning_against_forgetting():
         ("fullseq", "LR=0.1 steps=5", "narrow", [0.55]),
         ("fullseq", "LR=0.1 steps=5", "full", [0.75]),
         ("rest", "LR=0.1", "narrow", [0.5]),  # without the other test
+        ("lift", "", "narrow", [0.45]),  # its own LR
+        ("lift", "", "full", [0.8]),
     ):
         for seed, accuracy in enumerate(accuracies):
             rows.append(
@@ -805,14 +807,16 @@ def test_learning_against_forgetting():
             )
     (axes,) = plot.draw_tradeoff("narrow", rows).axes
     curves = {text.get_label(): text.lines[0].get_xydata() for text in axes.containers}
-    assert list(curves) == ["fullseq", "fullseq steps=5", "rest"]
+    assert list(curves) == ["fullseq", "fullseq steps=5", "rest", "lift"]
     assert curves["fullseq"] == pytest.approx(np.array([[15, -10], [40, -40]]))
     assert curves["fullseq steps=5"] == pytest.approx(np.array([[5, -5]]))
     assert len(curves["rest"]) == 0
+    assert curves["lift"] == pytest.approx(np.array([[-5, 0]]))
     assert [(text.get_text(), text.xy) for text in axes.texts] == [
         ("0.1", pytest.approx((15, -10))),
         ("0.2", pytest.approx((40, -40))),
         ("0.1", pytest.approx((5, -5))),
+        ("", pytest.approx((-5, 0))),
     ]
 
 
