@@ -166,10 +166,19 @@ def check_model(name, rows, args):
     config, vocabulary = evaluate.load_config(name, "main")
     if getattr(config, "block_causal", None):
         sys.exit(f"MODEL {name} attends block by block; give another")
+    check_ids(rows, args.data, name, vocabulary)
+    return decode.special_ids(name, config, tokenizer, vocabulary)["mask_id"]
+
+
+def check_ids(rows, data, name, vocabulary):
+    """Check that a model has the ids of rows.
+
+    Raises:
+        SystemExit: if it has only `vocabulary` ids, which are too few.
+    """
     largest = max(int(ids.max()) for _, ids in rows)
     if largest >= vocabulary:
-        sys.exit(f"--data {args.data} has id {largest}, {name} only {vocabulary} ids; run pt.py")
-    return decode.special_ids(name, config, tokenizer, vocabulary)["mask_id"]
+        sys.exit(f"--data {data} has id {largest}, {name} only {vocabulary} ids; run pt.py")
 
 
 # ------- the figure

@@ -43,14 +43,17 @@ T_975 = [
     *[2.447, 2.365, 2.306, 2.262, 2.228],
     *[2.201, 2.179, 2.160, 2.145, 2.131],
 ]
-COLUMNS = ("study", "method", "setting", "block_length", "tokens_per_step", "accuracy")
+COLUMNS = (  # of a results.csv, in all its versions that can be drawn
+    "study method setting seed test block_length tokens_per_step gen_length accuracy"
+).split()
+WHOLE = "block_length tokens_per_step gen_length end_tokens_last supervised_tokens".split()
 SOURCES = "give a CSV that a training run or a study wrote"
 
 # ------- studies
 
 
 def draw_studies(rows, folder):
-    """Write a PNG for each study in `rows`, the lines of results.csv; returns their paths."""
+    """Write a PNG for each study in `rows`, those of read_results; returns their paths."""
     paths = []
     for study in dict.fromkeys(row["study"] for row in rows):
         draw = {"narrow": draw_tradeoff, "answer-blocks": draw_by_block}.get(study, draw_study)
@@ -61,12 +64,12 @@ def draw_studies(rows, folder):
 
 def draw_study(study, rows):
     """A figure of one study's `rows`: a panel for each way of decoding, a line for each setting."""
-    several_tests = len({row.get("test") for row in rows}) > 1
+    several_tests = len({row["test"] for row in rows}) > 1
     decodings = {}
     for row in rows:
         decodings.setdefault(decoding_name(row, several_tests), []).append(row)
     labels = [list(dict.fromkeys(label(row) for row in alike)) for alike in decodings.values()]
-    paces = sorted({int(row["tokens_per_step"]) for row in rows})
+    paces = sorted({row["tokens_per_step"] for row in rows})
     heights = [0.8 + 0.27 * len(names) for names in labels]
     figure = Figure(figsize=(2 + 3 * len(paces), sum(heights)), layout="constrained")
     shape = (len(decodings), len(paces))
@@ -74,7 +77,7 @@ def draw_study(study, rows):
     styles = make_styles(rows)
     for line, names, (decoding, alike) in zip(panels, labels, decodings.items(), strict=True):
         for axes, pace in zip(line, paces, strict=True):
-            here = [row for row in alike if int(row["tokens_per_step"]) == pace]
+            here = [row for row in alike if row["tokens_per_step"] == pace]
             draw_panel(axes, here, {name: styles[name] for name in names})
             axes.set_title(f"decoding {decoding}, {pace_name(pace)}", fontsize="small")
             axes.label_outer()
@@ -100,7 +103,7 @@ def make_styles(rows):
 def draw_panel(axes, rows, styles):
     """One way of decoding: a line per label with mean, 95 % interval and seeds; the base dashed."""
     for place, (text, (color, marker)) in enumerate(styles.items()):
-        values = [100 * float(row["accuracy"]) for row in rows if label(row) == text]
+        values = [100 * row["accuracy"] for row in rows if label(row) == text]
         if text == "base" and values:
             axes.axvline(values[0], color="grey", linestyle="--", linewidth=0.9)
         if not values or text == "base":
@@ -123,16 +126,18 @@ def draw_tradeoff(study, rows):
     A curve joins the settings of a method that differ in LR alone; the LR stands beside its point.
     """
     tests = list(dict.fromkeys(row["test"] for row in rows))
-    paces = sorted({int(row["tokens_per_step"]) for row in rows})
+    if len(tests) != 2:  # evaluations have failed
+        return draw_study(study, rows)
+    paces = sorted({row["tokens_per_step"] for row in rows})
     figure = Figure(figsize=(1 + 4 * len(paces), 4), layout="constrained")
     panels = figure.subplots(1, len(paces), squeeze=False, sharex=True, sharey=True)[0]
     for axes, pace in zip(panels, paces, strict=True):
         curves = {}  # {a setting without its LR: {LR: {test: accuracies}}}
         base = {}  # {test: accuracy}
         for row in rows:
-            if int(row["tokens_per_step"]) != pace:
+            if row["tokens_per_step"] != pace:
                 continue
-            accuracy = 100 * float(row["accuracy"])
+            accuracy = 100 * row["accuracy"]
             if row["method"] == "base":
                 base[row["test"]] = accuracy
                 continue
@@ -177,27 +182,32 @@ def finite(half):
 
 
 def draw_by_block(study, rows):
-    """A figure of blockwise minus full-sequence, paired by seed, by block; a curve per pace."""
-    accuracy = {}  # of (method, pace, block), by seed
+    """A figure of blockwise minus full-sequence, paired by seed, by block.
+
+    A curve per test and pace.
+    """
+    accuracy = {}  # of (method, test, pace, block), by seed
     for row in rows:
-        key = row["method"], int(row["tokens_per_step"]), int(row["block_length"])
-        accuracy.setdefault(key, {})[row["seed"]] = 100 * float(row["accuracy"])
+        key = row["method"], row["test"], row["tokens_per_step"], row["block_length"]
+        accuracy.setdefault(key, {})[row["seed"]] = 100 * row["accuracy"]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    blocks = sorted({block for _, _, block in accuracy}, reverse=True)
-    for number, pace in enumerate(sorted({pace for _, pace, _ in accuracy})):
+    blocks = sorted({block for *_, block in accuracy}, reverse=True)
+    several_tests = len({row["test"] for row in rows}) > 1
+    for number, (test, pace) in enumerate(sorted({(test, pace) for _, test, pace, _ in accuracy})):
         points = []
         for place, block in enumerate(blocks):
-            ours = accuracy.get(("blockwise", pace, block), {})
-            others = accuracy.get(("fullseq", pace, block), {})
+            ours = accuracy.get(("blockwise", test, pace, block), {})
+            others = accuracy.get(("fullseq", test, pace, block), {})
             pairs = [ours[seed] - others[seed] for seed in ours if seed in others]
             if pairs:
                 mean, half = mean_interval(pairs)
                 points.append((place + 0.06 * number, mean, finite(half)))
         if points:
             x, y, bar = zip(*points, strict=True)
-            axes.errorbar(x, y, yerr=bar, marker="o", capsize=3, label=pace_name(pace))
-    length = int(rows[0]["gen_length"])
+            name = f"{test}, " * several_tests + pace_name(pace)
+            axes.errorbar(x, y, yerr=bar, marker="o", capsize=3, label=name)
+    length = rows[0]["gen_length"]
     names = [f"{length // block}\n({block} tokens)" for block in blocks]
     axes.set_xticks(range(len(blocks)), names, fontsize="small")
     axes.set_xlabel(f"blocks in {length} tokens")
@@ -217,7 +227,7 @@ def label(row):
 def decoding_name(row, with_test=False):
     """How the answers of a line were decoded, without the tokens per step."""
     test = f"{row['test']}, " if with_test else ""
-    last = ", end tokens last" if row.get("end_tokens_last") in (1, "1") else ""
+    last = ", end tokens last" if row["end_tokens_last"] else ""
     return f"{test}block {row['block_length']}{last}"
 
 
@@ -288,19 +298,44 @@ def read_csv(path, columns):
     return rows
 
 
-def numbers(path, rows, column):
-    """A column as floats.
+def read_results(path):
+    """The lines of a results.csv as dicts, with numbers for what the tables and figures need.
 
     Raises:
-        SystemExit: if one of them is no number.
+        SystemExit: if it cannot be read, or lacks a column or a number.
+    """
+    rows = read_csv(path, COLUMNS)
+    for row in rows:
+        for column in ("end_tokens_last", "supervised_tokens"):
+            row[column] = row.get(column) or 0  # of the base, and in lines of older versions
+    for column in ("accuracy", *WHOLE):
+        kind = whole if column in WHOLE else float
+        for row, value in zip(rows, numbers(path, rows, column, kind), strict=True):
+            row[column] = value
+    return rows
+
+
+def numbers(path, rows, column, kind=float):
+    """A column as numbers of a kind, a function of their text.
+
+    Raises:
+        SystemExit: if one of them is no such number.
     """
     values = []
     for line, row in enumerate(rows, start=2):
         try:
-            values.append(float(row[column]))
-        except (TypeError, ValueError):
-            sys.exit(f"{path}: line {line} has {column} {row[column]!r}, which is no number")
+            values.append(kind(row[column]))
+        except (TypeError, ValueError, OverflowError):
+            sys.exit(f"{path}: line {line} has {column} {row[column]!r}, which is no such number")
     return values
+
+
+def whole(text):
+    """A whole number, which other programs may have written as 2.0."""
+    value = int(float(text))
+    if value != float(text):
+        raise ValueError
+    return value
 
 
 def save(figure, path):
@@ -324,9 +359,7 @@ def main(args):
     if args.kind == "losses":
         print(f"wrote {draw_losses(args.csv, args.output, args.smooth)}")
         return
-    rows = read_csv(args.csv, COLUMNS)
-    for column in ("block_length", "tokens_per_step", "accuracy"):
-        numbers(args.csv, rows, column)
+    rows = read_results(args.csv)
     try:
         os.makedirs(args.output, exist_ok=True)
     except OSError as error:

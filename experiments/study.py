@@ -39,6 +39,7 @@ from studies.arms import (
     constant,
     default_block,
     equal_token_steps,
+    lift_effort,
     make_arms,
     make_ways,
     own_block,
@@ -161,14 +162,8 @@ def lift_variants(args, lengths):
 
 
 def equal_steps_and_compute(method, steps, changes):
-    """LIFT for `steps`, and for the fewer steps that cost about as much as `steps` without scoring.
-
-    A step without scoring is a forward pass and a backward pass that costs as much, as nearly all
-    weights are frozen. LIFT scores two thirds of its rows in a forward pass of their own, and all
-    rows if it has two components.
-    """
-    scored = 1 if changes.get("COMPONENTS") == 2 else 2 / 3
-    fewer = max(1, round(steps * 2 / (2 + scored)))
+    """LIFT for `steps`, and for the fewer that cost about as much as `steps` without scoring."""
+    fewer = max(1, round(steps / lift_effort(changes)))
     return [(method, changes), (method, {**changes, "TOTAL_TRAIN_STEPS": fewer})]
 
 
@@ -250,11 +245,8 @@ def main(args):
         failed = do_all(args, task, runs)
         rows = collect(args, task, arms)
         write_results(path, rows, args.studies, task)
-        print_table(rows)
-        print_differences(rows)
-        if "paper" in args.studies:
-            print(PUBLISHED)
-        print("see", ", ".join([str(path), *plot.draw_studies(rows, args.output)]))
+        if rows:
+            report(path, args)
     except OSError as error:
         sys.exit(f"stopped: {error}; give the same command again when this is fixed")
     except KeyboardInterrupt:
@@ -262,6 +254,16 @@ def main(args):
     if failed:
         remedy = "give the same command again to try them again"
         sys.exit("\n".join([f"{len(failed)} runs failed; {remedy}", *failed]))
+
+
+def report(path, args):
+    """Print and draw all that results.csv has of the studies."""
+    rows = [row for row in plot.read_results(path) if row["study"] in args.studies]
+    print_table(rows)
+    print_differences(rows)
+    if "paper" in args.studies:
+        print(PUBLISHED)
+    print("see", ", ".join([str(path), *plot.draw_studies(rows, args.output)]))
 
 
 # ------- flags
@@ -273,7 +275,7 @@ def parse_args(argv=None):
     add_run_flags(parser)
     args = parser.parse_args(argv)
     args.setup = choose_setup(parser, args)
-    args.studies = args.studies or list(args.setup.studies)
+    args.studies = args.studies or list(STUDIES)
     for name, value in args.setup.defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -368,7 +370,8 @@ def choose_setup(parser, args):
     if setup not in fitting:
         parser.error(f"--model {args.model}: {' '.join(args.studies)} takes a base of the toy task")
     if setup.build_base and (args.data or args.test):
-        parser.error("--data, --test: the toy has its own; give --model too")
+        remedy = "give --model too" if setup is TOY else "leave them out"
+        parser.error(f"--data, --test: the toy has its own; {remedy}")
     return setup
 
 

@@ -91,6 +91,24 @@ def test_narrow_problems():
     assert len(set.union(*queries)) == 20 + 20 + 50 + 60
 
 
+def test_the_base_of_narrow_knows_the_full_problems_better(tmp_path):
+    """Its folder has the problems of both kinds, and its committed weights."""
+    narrow.build(tmp_path, train_rows=30, test_rows=40)
+    kinds = dict(zip(("full", "narrow", "train"), narrow.splits(30, 40), strict=False))
+    data = tmp_path / "data"
+    assert sorted(path.stem for path in data.iterdir()) == sorted(kinds)
+    assert all(read(data / f"{kind}.jsonl") == rows for kind, rows in kinds.items())
+
+    model, tokenizer = load(tmp_path / "model")
+    loss = {}
+    for kind, rows in kinds.items():
+        ids, prompt_len = chains.encode(tokenizer, rows)
+        generator = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            loss[kind] = chains.denoising_loss(model, ids, prompt_len, generator).item()
+    assert loss["full"] < 0.1 < min(loss["narrow"], loss["train"])
+
+
 def test_the_base_is_small_and_both_forms_are_one_model(folders):
     """The same logits for the same text, and no id beyond the toy's own is likelier than these."""
     assert chains.BASE.stat().st_size <= 300_000 >= narrow.BASE.stat().st_size

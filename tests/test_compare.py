@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
 def leave_run(folder, place, **changes):
     """What a run leaves that has not moved the weights: its constants, and a checkpoint."""
     own = {"MODEL_NAME": str(folder / "model"), "MAX_LEN": 112} | OF_AR_TOY | changes
+    own["LOSS"] = "cross-entropy"  # which the figures do not depend on
     logs = place / "run_logs"
     logs.mkdir()
     (logs / "run_config.json").write_text(json.dumps(train_opdlm.CONSTANTS | own))
@@ -100,15 +101,22 @@ def test_an_answer_goes_up_to_its_first_end():
         ("run_config", "is not that of train_opdlm.py"),
         ("rows", "is not what pt.py writes"),
         ("output", "c.csv exists"),
+        ("ids", "has id 9999"),
+        ("checkpoint", "RUN run: it has no checkpoint run_step*"),
     ],
 )
 def test_mistakes(folder, tmp_path, change, message):
     leave_run(folder, tmp_path)
     data = folder / "train.pt"
     if change == "run_config":
-        (tmp_path / "run_logs" / "run_config.json").write_text("{}")
+        (tmp_path / "run_logs" / "run_config.json").write_text("[]")
     if change == "rows":
         data = tmp_path / "run_logs" / "run_config.json"
+    if change == "ids":
+        data = tmp_path / "data.pt"
+        torch.save([{"prompt_len": 2, "full_ids": torch.tensor([5, 9999, 5])}], data)
+    if change == "checkpoint":
+        shutil.rmtree(tmp_path / "run_step0004")
     if change == "output":
         (tmp_path / "c.csv").touch()
     command = [sys.executable, SCRIPT, "run", "--data", data, "--output", "c"]

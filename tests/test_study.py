@@ -285,6 +285,23 @@ def test_the_cost_of_the_paper():
     args, arms = arms_of(*words, "--num_gpus", "2")  # for half as long
     assert cost.describe(args, task, planning.ways_of_runs([arms[0], arms[1]])) == text
 
+    # half the weights, half of the tokens in half of the forward passes, 3 runs; all are kept
+    args, arms = arms_of(*"suffix --model m --gen_length 128 --seeds 3 --jobs 2".split())
+    found = planning.ways_of_runs([arms[0], arms[1]])
+    hours = (3 * (65 + 200 * 0.49) + 4 * 8 * 256 / 189 / 4) / 2 / 3600
+    text = cost.describe(args, replace(task, weights=4 * 10**9), found)
+    assert text.startswith(f"about {hours:.1f} GPU-hours")
+    assert "3 checkpoints of 8.0 GB at a time; fewer with --remove_checkpoints" in text
+    args.remove_checkpoints = True
+    text = cost.describe(args, replace(task, weights=4 * 10**9), found)
+    assert "2 checkpoints of 8.0 GB at a time\n" in text
+
+    # LIFT scores two thirds of its rows in a pass of their own
+    args, arms = arms_of(*"lift --model m --seeds 1".split())
+    steps = [cost.step_effort(args, arm.runs[0]) for arm in arms[1:]]
+    assert steps[:3] == [200, 200, pytest.approx(200 * 4 / 3)]
+    assert steps[3] == pytest.approx(200)
+
 
 def test_jobs_share_out_the_gpus(args, monkeypatch):
     """Each process of a study has GPUs of its own, also of those that are visible alone."""
@@ -300,7 +317,7 @@ def test_jobs_share_out_the_gpus(args, monkeypatch):
                 given.append(suite.launcher(2, runs.visible_gpus())[:3])
                 monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
 
-        def shutdown(self, cancel_futures):
+        def shutdown(self):
             pass
 
     for name in ("ProcessPoolExecutor", "signal", "ctypes"):
@@ -411,6 +428,7 @@ def test_what_decides_an_evaluation_is_in_its_name(base, tmp_path):
         ("prefixes", "prefixes: no study"),
         ("--seeds 0", "--seeds 0"),
         ("--data d", "--data, --test: the toy has its own; give --model too"),
+        ("narrow --data d", "--data, --test: the toy has its own; leave them out"),
         ("paper --test a/x.jsonl b/x.jsonl", "two have the same name"),
         ("--num_gpus 3", "16 rows per step cannot be shared out equally"),
         ("--gen_length 60 --block_size 16", "--gen_length 60 is not divisible by the block of"),
@@ -432,6 +450,15 @@ def test_mistakes(given, message, capsys):
     with pytest.raises(SystemExit) as ended:
         study.parse_args(given.split())
     assert message in capsys.readouterr().err and ended.value.code == 2
+
+
+def test_constants_without_an_effect():
+    """Those that a study sets in all settings; not those that it sets in some."""
+    for given in ("padding --constants MASK_PADDING=True", "narrow --constants LR=0.5"):
+        name = given.split()[-1].partition("=")[0]
+        with pytest.raises(SystemExit, match=f"--constants {name}: the study .* sets it itself"):
+            arms_of(*given.split())
+    arms_of("lift", "--constants", "LR=0.5")
 
 
 def test_constants_have_the_types_of_their_trainer():
@@ -579,6 +606,52 @@ def test_a_run_is_completed_once(args, run, monkeypatch, tmp_path):
     assert not (run.folder / "ckpt_step0004").exists()
 
 
+def test_checkpoints_are_also_removed_later(args, run, monkeypatch, tmp_path):
+    """By a command that has nothing else to do; a removal that is stopped is no checkpoint."""
+    fake_trainer(monkeypatch, 0, end_training)
+    monkeypatch.setattr(runs, "measure", measured(tmp_path))
+    runs.complete(args, TASK, run, {WAY})
+    assert (run.folder / "ckpt_step0004").exists()
+    args.remove_checkpoints = True
+
+    def stop(path, **_):
+        if Path(path).exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(runs.shutil, "rmtree", stop)
+        runs.complete(args, TASK, run, {WAY})
+    assert runs.find_checkpoint(run.folder) is None
+    runs.complete(args, TASK, run, {WAY})
+    assert sorted(path.name for path in run.folder.iterdir() if path.is_dir()) == [
+        "ckpt_logs",
+        planning.evaluation_folder(run, TESTS[0], WAY).name,
+    ]
+
+
+def test_a_base_that_is_cut_off_is_made_again(tmp_path):
+    """Nothing of it is taken for whole."""
+
+    def build(folder, rows=8):
+        (folder / "data").mkdir(parents=True)
+        (folder / "model").mkdir()
+        (folder / "data" / "train.jsonl").write_text("{}\n" * rows)
+
+    def cut_off(folder):
+        build(folder, 2)
+        raise KeyboardInterrupt
+
+    args = study.parse_args(["narrow", "--output", str(tmp_path)])
+    args.setup = replace(args.setup, build_base=cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        runs.prepare(args)
+    assert not (tmp_path / "narrow-base").exists()
+    args.setup = replace(args.setup, build_base=build)
+    with pytest.raises(SystemExit, match=r"narrow\.jsonl cannot be loaded"):  # this one has none
+        runs.prepare(args)
+    assert (tmp_path / "narrow-base" / "data" / "train.jsonl").read_text() == "{}\n" * 8
+
+
 def test_a_failure_names_the_log(args, run, monkeypatch):
     fake_trainer(monkeypatch, 1)
     log = run.folder / "log"
@@ -589,8 +662,18 @@ def test_a_failure_names_the_log(args, run, monkeypatch):
 
 @pytest.mark.parametrize("failing", ["base", "blockwise"])
 def test_failures_of_runs(args, failing, monkeypatch):
-    """One that fails is reported, and ends the study only if it is the base."""
+    """One that fails is reported, and ends the study only if it is the base.
+
+    No more wait in the pool than can begin: a pool of processes does not give them back.
+    """
     done = []
+    submitted = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *given):
+            submitted.append(super().submit(*given))
+            assert sum(not future.done() for future in submitted) <= args.jobs
+            return submitted[-1]
 
     def complete(args, task, run, ways):
         if run.method == failing and run.folder not in ("b2", "b3"):
@@ -599,14 +682,12 @@ def test_failures_of_runs(args, failing, monkeypatch):
         done.append(run.folder)
 
     monkeypatch.setattr(runs, "complete", complete)
-    monkeypatch.setattr(
-        runs, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs)
-    )
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", lambda jobs, *_, **__: Pool(jobs))
     four = [("b1", "blockwise"), ("b0", "base"), ("b2", "blockwise"), ("b3", "blockwise")]
     ways_of_runs = {Run(1, method, name, {}): {WAY} for name, method in four}
     failed = runs.do_all(args, TASK, ways_of_runs)
     if failing == "base":
-        assert failed == ["b0: out of order"] and "b3" not in done
+        assert (failed, done) == (["b0: out of order"], ["b1"])
     else:
         assert (failed, sorted(done)) == (["b1: out of order"], ["b0", "b2", "b3"])
 
@@ -642,27 +723,35 @@ def test_a_line_of_the_results(args, run, monkeypatch, tmp_path):
         "train_steps": 20,
         "decoding_seconds": 1.2,
         "model": "m-0123",
+        "run": "blockwise-seed1-0123",
     }
 
 
 def test_results_keep_what_other_studies_have_found(tmp_path):
-    names = ("study", "test", "model")
-    before = [("suffix", "t", "m-0123"), ("prefix", "t", "m-0123"), ("prefix", "u", "m-0123")]
-    before.append(("suffix", "t", "another"))
-    rows = [{"accuracy": 0.5, **dict(zip(names, before[1], strict=True))}]
+    """And what the same study has found on other tests, with the same base and the same runs."""
+    kept = [
+        {"study": "suffix", "test": "t", "model": "m-0123", "run": "r-1"},
+        {"study": "suffix", "test": "t", "model": "another", "run": "r-2"},
+        {"study": "prefix", "test": "u", "model": "m-0123", "run": "r-3"},
+        {"study": "prefix", "test": "u", "model": "m-0123", "run": "r-4", "seed": "2"},
+    ]
+    replaced = [
+        {"study": "prefix", "test": "t", "model": "m-0123", "run": "r-3"},
+        {"study": "prefix", "test": "u", "model": "m-0123", "run": "r-5"},  # of other constants
+        {"study": "prefix", "test": "u", "model": "another", "run": "r-6", "seed": "3"},
+        {"study": "prefix", "test": "u", "model": "m-0123", "seed": "4"},  # of an older version
+    ]
+    blank = dict.fromkeys(results.COLUMNS, "")
+    new = blank | {"study": "prefix", "test": "t", "model": "m-0123", "run": "r-3"}
     path = tmp_path / "results.csv"
-    with open(path, "w") as file:
-        writer = csv.DictWriter(file, results.COLUMNS)
-        writer.writeheader()
-        writer.writerows(dict(zip(names, line, strict=True)) for line in before)
-    results.write_results(path, rows, ["prefix"], TASK)
-    results.write_results(path, rows, ["prefix"], TASK)  # instead of its own
-    kept = [(row["study"], row["test"], row["accuracy"]) for row in read_results(path)]
-    assert kept == [("suffix", "t", ""), ("prefix", "u", ""), ("prefix", "t", "0.5")]
+    suite.write_csv(path, results.COLUMNS, [blank | row for row in replaced + kept])
+    for _ in range(2):
+        results.write_results(path, [new], ["prefix"], TASK)
+        assert read_results(path) == [*(blank | row for row in kept), new]
 
-    path.write_text("study,model,accuracy\nprefix,m-0123,0.1\n")  # without tests
-    results.write_results(path, rows, ["prefix"], TASK)
-    assert [row["accuracy"] for row in read_results(path)] == ["0.5"]
+    path.write_text("study,model,accuracy\nprefix,m-0123,0.1\n")  # without tests and runs
+    results.write_results(path, [new], ["prefix"], TASK)
+    assert read_results(path) == [new]
 
 
 def test_differences_are_paired_by_seed(capsys):
@@ -670,12 +759,8 @@ def test_differences_are_paired_by_seed(capsys):
     found = {"a": [0.50, 0.60, 0.70], "b": [0.51, 0.62, 0.70]}
     for setting, accuracies in found.items():
         for seed, accuracy in enumerate(accuracies):
-            rows.append(
-                {"study": "s", "method": "blockwise", "setting": setting, "seed": seed, "test": "t"}
-                | {"block_length": 8, "tokens_per_step": 2, "accuracy": accuracy}
-                | {"supervised_tokens": 1234}
-            )
-    base = rows[0] | {"method": "base", "setting": "", "seed": "base", "supervised_tokens": ""}
+            rows.append(line_of(setting=setting, seed=str(seed), accuracy=accuracy))
+    base = line_of(method="base", seed="base", supervised_tokens=0)
     tables.print_table([base, *rows])
     tables.print_differences([base, *rows])
     printed = capsys.readouterr().out
@@ -683,16 +768,54 @@ def test_differences_are_paired_by_seed(capsys):
     assert re.search(r"s +\| base +\| +\| block 8 +\| 50\.0 +\|\n", printed)
     # differences 1, 2 and 0 points: deviation 1, and Student's quantile for 2 degrees of freedom
     mean_and_half = f"+1.0 +- {4.303 / 3**0.5:.1f}"
-    assert f"s: blockwise b, decoding block 8, 2 per step: {mean_and_half}\n" in printed
+    difference = "s: blockwise b minus blockwise a, decoding block 8, 2 per step"
+    assert f"{difference}: {mean_and_half}\n" in printed
 
-    names = ["LR=0.1", "LR=0.2", "LR=0.1 TOTAL_TRAIN_STEPS=5"]
-    rows = [
-        rows[0] | {"setting": name, "accuracy": accuracy}
-        for name, accuracy in zip(names, [0.5, 0.6, 0.8], strict=True)
-    ]
+
+def test_settings_are_compared_with_what_is_most_alike(capsys):
+    """In the first method, with the first; in another, with the first method's of the same LR."""
+    named = {
+        "blockwise LR=0.1": 0.5,
+        "blockwise LR=0.2": 0.6,
+        "fullseq LR=0.2 steps=5": 0.9,
+        "fullseq LR=0.1": 0.8,
+        "rest": 0.4,
+    }
+    rows = []
+    for name, accuracy in named.items():
+        method, _, setting = name.partition(" ")
+        rows.append(line_of(method=method, setting=setting, accuracy=accuracy))
     tables.print_differences(rows)
-    (line,) = re.findall("s: .*", capsys.readouterr().out)
-    assert line == "s: blockwise LR=0.1 TOTAL_TRAIN_STEPS=5, decoding block 8, 2 per step: +30.0"
+    assert re.findall("s: (.*), decoding block 8, 2 per step: (.*)", capsys.readouterr().out) == [
+        ("blockwise LR=0.2 minus blockwise LR=0.1", "+10.0"),
+        ("fullseq LR=0.2 steps=5 minus blockwise LR=0.2", "+30.0"),
+        ("fullseq LR=0.1 minus blockwise LR=0.1", "+30.0"),
+        ("rest minus blockwise LR=0.1", "-10.0"),
+    ]
+
+
+def test_tables_tell_tests_and_ways_of_decoding_apart(capsys):
+    rows = [
+        line_of(accuracy=0.1),
+        line_of(accuracy=0.2, test="another"),
+        line_of(accuracy=0.4, end_tokens_last=1),
+        line_of(accuracy=0.5, method="rest"),
+        line_of(accuracy=0.8, method="rest", test="another"),
+    ]
+    tables.print_table(rows)
+    tables.print_differences(rows)
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.split(" | ")] for line in lines if " | " in line]
+    assert [line[3:] for line in cells] == [
+        ["decoding", "test, 2 per step", "another, 2 per step", "supervised tokens"],
+        ["block 8", "10.0", "20.0", "1,234"],
+        ["block 8, end tokens last", "40.0", "", "1,234"],
+        ["block 8", "50.0", "80.0", "1,234"],
+    ]
+    assert lines[-2:] == [
+        "s: rest minus blockwise, decoding test, block 8, 2 per step: +40.0",
+        "s: rest minus blockwise, decoding another, block 8, 2 per step: +60.0",
+    ]
 
 
 def test_tables_of_a_file(tmp_path, capsys):
@@ -706,18 +829,17 @@ def test_tables_of_a_file(tmp_path, capsys):
     }
     path = tmp_path / "results.csv"
     with open(path, "w") as file:
-        file.write("study,method,setting,seed,test,block_length,tokens_per_step,accuracy,")
-        file.write("supervised_tokens\n")
+        file.write("study,method,setting,seed,test,block_length,tokens_per_step,gen_length,")
+        file.write("accuracy,supervised_tokens\n")
         for name, seeds in accuracies.items():
             for seed, accuracy in enumerate(seeds):
-                file.write(f"{name},,{seed},t,8,2,{accuracy},1234\n")
+                file.write(f"{name},,{seed},t,8,2.0,64,{accuracy},1234\n")
     words = [str(path), "s", "--reference", "lift"]
     tables.main(tables.parse_args(words))
     printed = capsys.readouterr().out
     assert "span" not in printed and "| 1,234" in printed
-    assert "difference to lift, points" in printed
-    assert "s: blockwise, decoding block 8, 2 per step: -25.0 +- 63.5\n" in printed
-    assert "s: rest, decoding block 8, 2 per step: +5.0 +- 63.5\n" in printed
+    assert "s: blockwise minus lift, decoding block 8, 2 per step: -25.0 +- 63.5\n" in printed
+    assert "s: rest minus lift, decoding block 8, 2 per step: +5.0 +- 63.5\n" in printed
     assert "s: lift" not in printed
     tables.main(tables.parse_args([str(path), "--reference", "lift"]))
     assert "u: " not in capsys.readouterr().out  # it has no lift
@@ -726,7 +848,11 @@ def test_tables_of_a_file(tmp_path, capsys):
         tables.main(tables.parse_args([str(path), "s", "--reference", "span"]))
     with pytest.raises(SystemExit, match=r"v: not a study of .*csv; give some of s, u"):
         tables.main(tables.parse_args([str(path), "v"]))
-    path.write_text(path.read_text().replace(",test,", ",other,", 1))
+    whole = path.read_text()
+    path.write_text(whole.replace(",8,2.0,", ",8,nan,", 1))
+    with pytest.raises(SystemExit, match=r"line 2 has tokens_per_step 'nan', which is no such"):
+        tables.main(tables.parse_args([str(path)]))
+    path.write_text(whole.replace(",test,", ",other,", 1))
     with pytest.raises(SystemExit, match=r"results\.csv has no column test; give a CSV"):
         tables.main(tables.parse_args([str(path)]))
 
@@ -739,6 +865,10 @@ def test_mean_and_interval():
     mean, half = plot.mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and half == pytest.approx(2.776 * 2.5**0.5 / 5**0.5)
     assert plot.mean_interval([2.0, 2.0]) == (2, 0)
+    # beyond the table: 2.093 for 19 degrees of freedom
+    values = [0.0, 1.0] * 10
+    _, half = plot.mean_interval(values)
+    assert half == pytest.approx(2.093 * (5 / 19) ** 0.5 / 20**0.5, rel=1e-3)
 
 
 def test_loss_curves(tmp_path, monkeypatch):
@@ -758,6 +888,13 @@ def test_loss_curves(tmp_path, monkeypatch):
     assert smooth.get_ydata()[9] == pytest.approx(sum(raw.get_ydata()[6:10]) / 4)
 
 
+def line_of(**values):
+    """A line of a results.csv, as plot.read_results gives it."""
+    line = {"study": "s", "method": "blockwise", "setting": "", "seed": "1", "test": "test"}
+    line |= {"block_length": 8, "end_tokens_last": 0, "tokens_per_step": 2, "gen_length": 16}
+    return line | {"accuracy": 0.5, "supervised_tokens": 1234} | values
+
+
 def test_a_panel_for_each_way_of_decoding():
     """Four ways of decoding two settings and the base: the points stand in the right panels."""
     rows = []
@@ -766,8 +903,8 @@ def test_a_panel_for_each_way_of_decoding():
             for tokens in (2, 4):
                 accuracy = (block_length + tokens + place) / 100
                 rows.append(
-                    {"method": method, "setting": "", "block_length": str(block_length)}
-                    | {"tokens_per_step": str(tokens), "accuracy": str(accuracy)}
+                    line_of(method=method, accuracy=accuracy)
+                    | {"block_length": block_length, "tokens_per_step": tokens}
                 )
     figure = plot.draw_study("a study", rows)
     assert len(figure.axes) == 4
@@ -782,6 +919,11 @@ def test_a_panel_for_each_way_of_decoding():
     dashed = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
     assert dashed == pytest.approx([12])
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
+    others = [line_of(test="another"), line_of(end_tokens_last=1)]
+    figure = plot.draw_study("a study", [*rows, *others])
+    titles = [axes.get_title().partition(",")[0] for axes in figure.axes]
+    assert sorted(set(titles)) == ["decoding another", "decoding test"]
+    assert len(figure.axes) == 2 * 4  # two blocks, another test, the end tokens last
 
 
 def test_learning_against_forgetting():
@@ -800,12 +942,10 @@ def test_learning_against_forgetting():
         ("lift", "", "narrow", [0.45]),  # its own LR
         ("lift", "", "full", [0.8]),
     ):
-        for seed, accuracy in enumerate(accuracies):
-            rows.append(
-                {"method": method, "setting": setting, "test": test, "seed": str(seed)}
-                | {"tokens_per_step": "2", "accuracy": str(accuracy)}
-            )
-    (axes,) = plot.draw_tradeoff("narrow", rows).axes
+        for accuracy in accuracies:
+            rows.append(line_of(method=method, setting=setting, test=test, accuracy=accuracy))
+    slower = [row | {"tokens_per_step": 1, "accuracy": 0.1} for row in rows]
+    _, axes = plot.draw_tradeoff("narrow", [*rows, *slower]).axes
     curves = {text.get_label(): text.lines[0].get_xydata() for text in axes.containers}
     assert list(curves) == ["fullseq", "fullseq steps=5", "rest", "lift"]
     assert curves["fullseq"] == pytest.approx(np.array([[15, -10], [40, -40]]))
@@ -818,6 +958,8 @@ def test_learning_against_forgetting():
         ("0.1", pytest.approx((5, -5))),
         ("", pytest.approx((-5, 0))),
     ]
+    of_one_test = [row for row in rows if row["test"] == "full"]
+    assert len(plot.draw_tradeoff("narrow", of_one_test).axes) == 1
 
 
 def test_differences_by_block():
@@ -832,14 +974,21 @@ def test_differences_by_block():
     ):
         for seed, accuracy in accuracies.items():
             rows.append(
-                {"method": method, "seed": seed, "block_length": str(block), "gen_length": "64"}
-                | {"tokens_per_step": "2", "accuracy": str(accuracy)}
+                line_of(method=method, seed=seed, block_length=block, accuracy=accuracy)
+                | {"gen_length": 64}
             )
     (axes,) = plot.draw_by_block("answer-blocks", rows).axes
     (curve,) = axes.containers
     assert curve.lines[0].get_xydata() == pytest.approx(np.array([[0, -10], [1, 20]]))
     names = [text.get_text() for text in axes.get_xticklabels()]
     assert names == ["2\n(32 tokens)", "8\n(8 tokens)"]
+
+    worse = [row | {"test": "zebra", "accuracy": 0.5 * row["accuracy"]} for row in rows]
+    (axes,) = plot.draw_by_block("answer-blocks", [*rows, *worse]).axes
+    heights = [curve.lines[0].get_ydata() for curve in axes.containers]
+    assert heights == [pytest.approx([-10, 20]), pytest.approx([-5, 10])]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["test, 2 per step", "zebra, 2 per step"]
 
 
 def test_a_colour_tells_the_method_and_a_marker_the_setting():

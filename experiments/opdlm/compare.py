@@ -28,6 +28,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # experiments/
 
 import decode
+import evaluate
 import held_out
 import suite
 import torch
@@ -136,7 +137,7 @@ def read_run(args):
     try:
         constants = json.loads(path.read_text())
         constants = {name: constants[name] for name in train_opdlm.CONSTANTS}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(
             f"RUN {args.run}: {path} is not that of train_opdlm.py ({error}); give its CKPT_DIR"
         )
@@ -146,9 +147,14 @@ def read_run(args):
         step = re.fullmatch(r".*_step(\d+)", folder)
         if step:
             students[int(step[1])] = folder
+    if len(students) == 1:
+        sys.exit(f"RUN {args.run}: it has no checkpoint {args.run}_step*; let it train to one")
     of_run = {"data": args.data, "limit": args.limit, "max_len": constants.MAX_LEN}
     examples = held_out.load_rows(argparse.Namespace(**of_run))
-    tokenizer = pt.load_tokenizer(constants.MODEL_NAME, constants.MODEL_REVISION)
+    base = constants.MODEL_NAME, constants.MODEL_REVISION
+    _, vocabulary = evaluate.load_config(*base)
+    held_out.check_ids(examples, args.data, constants.MODEL_NAME, vocabulary)
+    tokenizer = pt.load_tokenizer(*base)
     numbers = list(range(len(examples)))
     return SimpleNamespace(
         args=constants,

@@ -6,6 +6,7 @@ and the constants that the study sets. An arm is a setting with its runs and way
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
@@ -143,6 +144,19 @@ def equal_token_steps(steps, lengths, block_size):
     return max(1, round(steps * block_tokens / sum(lengths)))
 
 
+def lift_effort(constants):
+    """What a step of LIFT costs, in steps without scoring.
+
+    Those are a forward pass and a backward pass that costs as much, as nearly all weights are
+    frozen. LIFT scores two thirds of its rows in a forward pass of their own, and all rows if it
+    has two components. APPROXIMATE scores in the only forward pass.
+    """
+    if constants.get("APPROXIMATE"):
+        return 1
+    scored = 1 if constants.get("COMPONENTS") == 2 else 2 / 3
+    return (2 + scored) / 2
+
+
 def constant(args, name):
     """The value of a constant that all runs of the setup have."""
     if name in args.constants:
@@ -175,6 +189,7 @@ def make_arms(args, task):
     for name in args.studies:
         study = args.setup.studies[name]
         settings = study.settings(args, task.lengths)
+        refuse_constants(args, name, settings)
         sizes = [changes.get("BLOCK_SIZE", args.block_size) for _, changes in settings]
         steps = common_steps(args, task.lengths, sizes)
         base = [("base", {})] if args.setup.decodes_base else []
@@ -183,6 +198,17 @@ def make_arms(args, task):
             arm = Arm(name, method, setting_name(changes), study.ways(args, changes), runs)
             arms.append(arm)
     return arms
+
+
+def refuse_constants(args, study, settings):
+    """Refuse constants of all runs that have no effect in a study.
+
+    Raises:
+        SystemExit: if one is set by all settings of the study.
+    """
+    for name in args.constants:
+        if all(name in changes for _, changes in settings):
+            sys.exit(f"--constants {name}: the study {study} sets it itself; leave it out")
 
 
 def setting_name(changes):

@@ -1,5 +1,6 @@
 """What the runs of a study will cost on GPUs, from measured rates."""
 
+from studies.arms import lift_effort
 from studies.runs import decoding_steps
 
 # At LLaDA-8B's shape with random weights, on one H200 (training) and one H100 (docs/performance.md)
@@ -41,4 +42,5 @@ def step_effort(args, run):
     constants = run.constants
     rows = constants["MICRO_BSIZE"] * constants.get("GRAD_ACC", 1) * args.num_gpus
     tokens = rows * constants.get("MAX_LEN", 256)
-    return constants["TOTAL_TRAIN_STEPS"] * tokens / (32 * 256)
+    scoring = lift_effort(constants) if run.method in ("lift", "lift-block") else 1
+    return constants["TOTAL_TRAIN_STEPS"] * scoring * tokens / (32 * 256)

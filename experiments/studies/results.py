@@ -10,7 +10,7 @@ from suite import write_csv
 COLUMNS = (
     "study method setting seed test block_length end_tokens_last tokens_per_step "
     "tokens_per_forward gen_length accuracy exact_match count loss supervised_tokens train_steps "
-    "seconds decoding_seconds model"
+    "seconds decoding_seconds model run"
 ).split()
 
 # ------- results.csv
@@ -42,6 +42,7 @@ def collect(args, task, arms):
                 **training_of(run),
                 "decoding_seconds": round(summary["seconds"], 1),
                 "model": task.name,
+                "run": run.folder.name,
             }
             rows.append({name: row.get(name, "") for name in COLUMNS})
     return rows
@@ -77,14 +78,27 @@ def count_tokens(logs):
 
 
 def write_results(path, rows, studies, task):
-    """Write `rows`, those of `studies` and the task's tests; what else is there of the same model
-    is kept. Lines without a test are of an older version, and replaced.
+    """Write `rows`, those of `studies` and the task's tests, beside what else is in the file.
+
+    Lines of the same studies on other tests stay if they have the same base and the same runs.
     """
-    tests = [None, *(test.name for test in task.tests)]
-    before = []
+    tests = [test.name for test in task.tests]
+    runs = {identity(row): row["run"] for row in rows}
+
+    def stays(row):
+        if row["study"] not in studies:
+            return True
+        if not row.get("run") or row["model"] != task.name or row["test"] in tests:
+            return False
+        return runs.get(identity(row), row["run"]) == row["run"]
+
+    kept = []
     if path.exists():
         with open(path, newline="") as file:
-            before = list(csv.DictReader(file))
-    own = [row for row in before if row.get("model") == task.name]
-    kept = [row for row in own if row["study"] not in studies or row.get("test") not in tests]
+            kept = [row for row in csv.DictReader(file) if stays(row)]
     write_csv(path, COLUMNS, [*kept, *rows])
+
+
+def identity(row):
+    """The words that name a line's run. With other constants the same words name another run."""
+    return tuple(str(row[column]) for column in ("study", "method", "setting", "seed"))

@@ -9,9 +9,10 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from itertools import product
+from itertools import islice, product
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
@@ -34,9 +35,11 @@ def prepare(args):
     model, data, datasets = args.model, args.data, args.test
     if args.setup.build_base:
         base = args.output / f"{args.setup.name}-base"
-        if not (base / "model").exists():
-            shutil.rmtree(base, ignore_errors=True)  # what a killed study left
-            args.setup.build_base(base)
+        if not base.exists():
+            partial = base.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)  # what a killed study left
+            args.setup.build_base(partial)
+            os.rename(partial, base)
         model = str(base / "model")
         data = str(base / "data" / "train.jsonl")
         datasets = [str(base / "data" / f"{name}.jsonl") for name in args.setup.tests]
@@ -114,24 +117,32 @@ def do_all(args, task, ways_of_runs):
         initializer=begin_worker,
         initargs=(os.getpid(), threads(args), gpus),
     )
-    base_first = sorted(ways_of_runs, key=lambda run: run.method != "base")
-    waiting = {}
-    for run in base_first:
-        waiting[pool.submit(complete, args, task, run, ways_of_runs[run])] = run
+    waiting = iter(sorted(ways_of_runs, key=lambda run: run.method != "base"))
+    running = {}
     failed = []
+    progress = tqdm(total=len(ways_of_runs), unit=" runs", desc="study")
     try:
-        for future in tqdm(as_completed(waiting), total=len(waiting), unit=" runs", desc="study"):
-            if future.exception():
-                failed.append(f"{waiting[future].folder}: {future.exception()}")
-                if waiting[future].method == "base":
-                    break
+        while True:
+            # no more than can begin, for the pool does not give back what waits in its queue
+            for run in islice(waiting, args.jobs - len(running)):
+                running[pool.submit(complete, args, task, run, ways_of_runs[run])] = run
+            if not running:
+                return failed
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                progress.update()
+                error = future.exception()
+                if error:
+                    failed.append(f"{run.folder}: {error}")
+                if error and (run.method == "base" or isinstance(error, BrokenProcessPool)):
+                    waiting = iter(())
     except KeyboardInterrupt:
         for process in active_children():
             process.terminate()
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
-    return failed
+        progress.close()
+        pool.shutdown()
 
 
 def visible_gpus():
@@ -176,18 +187,27 @@ def complete(args, task, run, ways):
         output = evaluation_folder(run, test, way)
         if not (output / "summary.json").exists():
             missing[output] = way, test
-    if not missing:
-        return
     with open(run.folder / "log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            model = task.model if run.method == "base" else train(args, run)
+            if missing:
+                model = task.model if run.method == "base" else train(args, run)
             for output, (way, test) in missing.items():
                 places = suite.flags({"model": model, "dataset": test.dataset, "output": output})
                 measure(args, output, [*places, *decoding_flags(args, way)])
         except SystemExit as error:  # it would end this process, which has other runs to do
             raise RuntimeError(f"{error.code}; see {log.name}") from error
     if args.remove_checkpoints and run.method != "base":
-        shutil.rmtree(model)
+        remove_checkpoint(run.folder)
+
+
+def remove_checkpoint(folder):
+    """Remove the checkpoint of a run; one that is removed in part is not taken for a checkpoint."""
+    removed = folder / "removed"
+    shutil.rmtree(removed, ignore_errors=True)  # what a killed study left
+    checkpoint = find_checkpoint(folder)
+    if checkpoint:
+        os.rename(checkpoint, removed)
+        shutil.rmtree(removed)
 
 
 def execute(args, script, words, folder="."):

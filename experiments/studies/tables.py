@@ -7,7 +7,6 @@ prints those of the studies that are named, or of all in the file.
 Guide: experiments/docs/studies.md
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def print_table(rows):
             own = [row for row in group if (row["test"], row["tokens_per_step"]) == column]
             line.append(show([100 * row["accuracy"] for row in own]))
         tokens = group[0]["supervised_tokens"]
-        line.append(f"{int(tokens):,}" if tokens else "")
+        line.append(f"{tokens:,}" if tokens else "")
         table.append(line)
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     print("accuracy in %, mean over the seeds with its 95 % interval")
@@ -45,36 +44,44 @@ def print_table(rows):
 
 
 def print_differences(rows, name=None):
-    """Print how far each setting's accuracy is from a reference, paired by seed.
+    """Print how far each setting's accuracy is from that of a reference, paired by seed.
 
-    The reference is the setting `name`, as in the tables; otherwise the first of its study, or the
-    first with its LR if that varies.
+    The reference is the setting `name`, as in the tables; otherwise see `reference_of`.
     """
-    accuracy = {}  # of (study, LR, setting), by way of decoding and seed
+    accuracy = {}  # of a study's settings, by way of decoding and seed
     several_tests = len({row["test"] for row in rows}) > 1
     for row in rows:
         if row["method"] != "base":
-            lr = re.search(r"\bLR=\S+", row["setting"])
-            arm = (row["study"], lr and lr[0], plot.label(row))
+            settings = accuracy.setdefault(row["study"], {})
             decoding = plot.decoding_name(row, several_tests)
             way = f"{decoding}, {plot.pace_name(row['tokens_per_step'])}"
-            seeds = accuracy.setdefault(arm, {}).setdefault(way, {})
+            seeds = settings.setdefault(plot.label(row), {}).setdefault(way, {})
             seeds[row["seed"]] = 100 * row["accuracy"]
-    than = name or "the first setting of the study (with the same LR)"
-    print(f"\ndifference to {than}, points, paired by seed: mean with its 95 % interval")
-    first = {}
-    named = {study: ways for (study, _, setting), ways in accuracy.items() if setting == name}
-    for (study, lr, setting), ways in accuracy.items():
-        reference = first.setdefault((study, lr), ways)
-        if name:
-            reference = named.get(study, {})  # a study without it has no differences
-        if ways is reference:
-            continue
-        for way, seeds in ways.items():
-            others = reference.get(way, {})
-            pairs = [seeds[seed] - others[seed] for seed in seeds if seed in others]
-            if pairs:
-                print(f"{study}: {setting}, decoding {way}: {show(pairs, '+')}")
+    print("\ndifferences in points, paired by seed: mean with its 95 % interval")
+    for study, settings in accuracy.items():
+        for setting, ways in settings.items():
+            reference = name or reference_of(setting, list(settings))
+            if setting == reference:
+                continue
+            for way, seeds in ways.items():
+                others = settings.get(reference, {}).get(way, {})
+                pairs = [seeds[seed] - others[seed] for seed in seeds if seed in others]
+                if pairs:
+                    difference = f"{setting} minus {reference}, decoding {way}"
+                    print(f"{study}: {difference}: {show(pairs, '+')}")
+
+
+def reference_of(setting, settings):
+    """The first of the study's settings; of another method, the first method's that is most alike.
+
+    Those are alike that have constants in common: LR=0.1 is the reference of LR=0.1 steps=5.
+    """
+    method, *constants = setting.split()
+    first, *_ = settings[0].split()
+    if method == first:
+        return settings[0]
+    candidates = [other for other in settings if other.split()[0] == first]
+    return max(candidates, key=lambda other: len(set(constants) & set(other.split())))
 
 
 def show(values, sign=""):
@@ -90,14 +97,11 @@ def show(values, sign=""):
 
 
 def main(args):
-    rows = plot.read_csv(args.csv, (*plot.COLUMNS, "seed", "test", "supervised_tokens"))
+    rows = plot.read_results(args.csv)
     known = list(dict.fromkeys(row["study"] for row in rows))
     for study in args.studies:
         if study not in known:
             sys.exit(f"{study}: not a study of {args.csv}; give some of {', '.join(known)}")
-    for column, kind in (("accuracy", float), ("tokens_per_step", int)):
-        for row, value in zip(rows, plot.numbers(args.csv, rows, column), strict=True):
-            row[column] = kind(value)
     rows = [row for row in rows if row["study"] in (args.studies or known)]
     settings = list(dict.fromkeys(plot.label(row) for row in rows if row["method"] != "base"))
     if args.reference not in (None, *settings):
