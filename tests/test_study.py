@@ -301,6 +301,7 @@ def test_the_cost_of_the_paper():
     steps = [cost.step_effort(args, arm.runs[0]) for arm in arms[1:]]
     assert steps[:3] == [200, 200, pytest.approx(200 * 4 / 3)]
     assert steps[3] == pytest.approx(200)
+    assert arms[7].setting == "APPROXIMATE=True" and steps[6] == 200
 
 
 def test_jobs_share_out_the_gpus(args, monkeypatch):
@@ -458,7 +459,8 @@ def test_constants_without_an_effect():
         name = given.split()[-1].partition("=")[0]
         with pytest.raises(SystemExit, match=f"--constants {name}: the study .* sets it itself"):
             arms_of(*given.split())
-    arms_of("lift", "--constants", "LR=0.5")
+    given = argparse.Namespace(constants={"LR": 0.5})
+    planning.refuse_constants(given, "s", [("blockwise", {"LR": 0.1}), ("blockwise", {})])
 
 
 def test_constants_have_the_types_of_their_trainer():
@@ -849,9 +851,10 @@ def test_tables_of_a_file(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"v: not a study of .*csv; give some of s, u"):
         tables.main(tables.parse_args([str(path), "v"]))
     whole = path.read_text()
-    path.write_text(whole.replace(",8,2.0,", ",8,nan,", 1))
-    with pytest.raises(SystemExit, match=r"line 2 has tokens_per_step 'nan', which is no such"):
-        tables.main(tables.parse_args([str(path)]))
+    for bad in ("nan", "2.5", "inf", ""):
+        path.write_text(whole.replace(",8,2.0,", f",8,{bad},", 1))
+        with pytest.raises(SystemExit, match=f"line 2 has tokens_per_step '{bad}', which is no"):
+            tables.main(tables.parse_args([str(path)]))
     path.write_text(whole.replace(",test,", ",other,", 1))
     with pytest.raises(SystemExit, match=r"results\.csv has no column test; give a CSV"):
         tables.main(tables.parse_args([str(path)]))
