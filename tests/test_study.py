@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -662,9 +663,16 @@ def test_a_failure_names_the_log(args, run, monkeypatch):
         runs.complete(args, TASK, run, {WAY})
 
 
-@pytest.mark.parametrize("failing", ["base", "blockwise"])
-def test_failures_of_runs(args, failing, monkeypatch):
-    """One that fails is reported, and ends the study only if it is the base.
+@pytest.mark.parametrize(
+    ("failing", "error"),
+    [
+        ("base", RuntimeError("out of order")),
+        ("blockwise", RuntimeError("out of order")),
+        ("blockwise", BrokenProcessPool("out of memory")),
+    ],
+)
+def test_failures_of_runs(args, failing, error, monkeypatch):
+    """One that fails is reported, and ends the study if it is the base, or if it was killed.
 
     No more wait in the pool than can begin: a pool of processes does not give them back.
     """
@@ -679,7 +687,7 @@ def test_failures_of_runs(args, failing, monkeypatch):
 
     def complete(args, task, run, ways):
         if run.method == failing and run.folder not in ("b2", "b3"):
-            raise RuntimeError("out of order")
+            raise error
         time.sleep(0.3)
         done.append(run.folder)
 
@@ -690,6 +698,8 @@ def test_failures_of_runs(args, failing, monkeypatch):
     failed = runs.do_all(args, TASK, ways_of_runs)
     if failing == "base":
         assert (failed, done) == (["b0: out of order"], ["b1"])
+    elif isinstance(error, BrokenProcessPool):
+        assert (failed, done) == (["b1: out of memory"], ["b0"])
     else:
         assert (failed, sorted(done)) == (["b1: out of order"], ["b0", "b2", "b3"])
 
