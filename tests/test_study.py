@@ -271,6 +271,7 @@ def test_the_paper_in_one_word():
     for arm in arms[1:]:
         given = arm.runs[0].constants
         assert (given["MICRO_BSIZE"], given["MAX_SAMPLES"]) == (32 // 8, 6400)
+    assert study.parse_args(["--model", "m"]).studies == list(study.STUDIES)
 
 
 def test_the_cost_of_the_paper():
