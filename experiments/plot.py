@@ -326,7 +326,7 @@ def numbers(path, rows, column, kind=float):
         try:
             values.append(kind(row[column]))
         except (TypeError, ValueError, OverflowError):
-            sys.exit(f"{path}: line {line} has {column} {row[column]!r}, which is no such number")
+            sys.exit(f"{path}: line {line} has {column} {row[column]!r}, not valid; {SOURCES}")
     return values
 
 

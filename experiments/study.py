@@ -280,6 +280,7 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     check_args(parser, args)
+    args.given = [word.partition("=")[0] for word in args.constants]
     args.constants = read_constants(parser, args)
     args.output = args.output.absolute()
     if args.model and os.path.isdir(args.model):

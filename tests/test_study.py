@@ -461,8 +461,9 @@ def test_constants_without_an_effect():
         name = given.split()[-1].partition("=")[0]
         with pytest.raises(SystemExit, match=f"--constants {name}: the study .* sets it itself"):
             arms_of(*given.split())
-    given = argparse.Namespace(constants={"LR": 0.5})
+    given = argparse.Namespace(given=["LR"], constants={"LR": 0.5, "LORA_RANK": 8})
     planning.refuse_constants(given, "s", [("blockwise", {"LR": 0.1}), ("blockwise", {})])
+    planning.refuse_constants(given, "s", [("blockwise", {"LORA_RANK": 4})])  # the setup's own
 
 
 def test_constants_have_the_types_of_their_trainer():
@@ -864,7 +865,7 @@ def test_tables_of_a_file(tmp_path, capsys):
     whole = path.read_text()
     for bad in ("nan", "2.5", "inf", ""):
         path.write_text(whole.replace(",8,2.0,", f",8,{bad},", 1))
-        with pytest.raises(SystemExit, match=f"line 2 has tokens_per_step '{bad}', which is no"):
+        with pytest.raises(SystemExit, match=f"line 2 has tokens_per_step '{bad}', not valid"):
             tables.main(tables.parse_args([str(path)]))
     path.write_text(whole.replace(",test,", ",other,", 1))
     with pytest.raises(SystemExit, match=r"results\.csv has no column test; give a CSV"):

@@ -201,12 +201,12 @@ def make_arms(args, task):
 
 
 def refuse_constants(args, study, settings):
-    """Refuse constants of all runs that have no effect in a study.
+    """Refuse constants that were given and have no effect in a study.
 
     Raises:
         SystemExit: if one is set by all settings of the study.
     """
-    for name in args.constants:
+    for name in args.given:
         if all(name in changes for _, changes in settings):
             sys.exit(f"--constants {name}: the study {study} sets it itself; leave it out")
 
