@@ -234,17 +234,18 @@ def test_the_study_narrow():
     """Each method with four LR over a factor of 64; LIFT too has the LoRA of the others."""
     args, arms = arms_of("narrow", "--seeds", "2")
     assert args.setup.tests == ("narrow", "full")
-    assert len(arms) == 1 + 5 * 4
+    assert len(arms) == 1 + 6 * 4
     found = {}
     for arm in arms[1:]:
         given = arm.runs[0].constants
-        found.setdefault((arm.method, given["TOTAL_TRAIN_STEPS"]), []).append(given["LR"])
+        key = arm.method, given["TOTAL_TRAIN_STEPS"], given["MICRO_BSIZE"]
+        found.setdefault(key, []).append(given["LR"])
         assert given["LORA_RANK"] == 32 and len(arm.runs) == 2
         if arm.method == "lift":
             assert given["TARGET_MODS"] == train_fullseq.TARGET_MODS
     assert list(found) == [
-        *[("blockwise", 200), ("fullseq", 200), ("fullseq", 67)],
-        *[("rest", 200), ("lift", 200)],
+        *[("blockwise", 200, 16), ("fullseq", 200, 16), ("fullseq", 67, 16), ("fullseq", 200, 5)],
+        *[("rest", 200, 16), ("lift", 200, 16)],
     ]
     assert all(lrs == [2.5e-4, 1e-3, 4e-3, 16e-3] for lrs in found.values())
 

@@ -7,7 +7,14 @@ test, and the base is able to do it. The narrow problems stand for MATH, the ful
 Base and problems are those of toy_task/narrow.py.
 """
 
-from studies.arms import Setup, Study, common_steps, default_block, equal_token_steps
+from studies.arms import (
+    Setup,
+    Study,
+    common_steps,
+    constant,
+    default_block,
+    equal_token_steps,
+)
 from toy_task import narrow
 
 import train_fullseq
@@ -30,10 +37,22 @@ CONSTANTS = {
 
 
 def methods_by_lr(args, lengths):
-    """Learning and forgetting on a narrow kind of problem: the methods, each with four LR."""
+    """Learning and forgetting on a narrow kind of problem: the methods, each with four LR.
+
+    Full-sequence SFT supervises as many tokens as blockwise also in fewer steps, or in fewer rows
+    per step.
+    """
     steps = common_steps(args, lengths, [args.block_size])
-    fewer = {"TOTAL_TRAIN_STEPS": equal_token_steps(steps, lengths, args.block_size)}
-    arms = [("blockwise", {}), ("fullseq", {}), ("fullseq", fewer), ("rest", {}), ("lift", {})]
+    fewer = equal_token_steps(steps, lengths, args.block_size)
+    rows = max(1, round(constant(args, "MICRO_BSIZE") * fewer / steps))
+    arms = [
+        ("blockwise", {}),
+        ("fullseq", {}),
+        ("fullseq", {"TOTAL_TRAIN_STEPS": fewer}),
+        ("fullseq", {"MICRO_BSIZE": rows}),
+        ("rest", {}),
+        ("lift", {}),
+    ]
     return [(method, changes | {"LR": lr}) for method, changes in arms for lr in LRS]
 
 
