@@ -268,7 +268,7 @@ def launch(command, folder, timeout=240, **environment):
 
 def user_environment(**changes):
     """The environment of a user of this interpreter's virtual environment, in another folder."""
-    return suite.user_environment(PYTHONPATH="", **changes)
+    return suite.user_environment(**{"PYTHONPATH": ""} | changes)
 
 
 def launcher(ranks):
