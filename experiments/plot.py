@@ -36,6 +36,7 @@ COLOURS = {  # of the methods, the same in all figures
     "sft-data": "goldenrod",
 }
 MARKERS = "osD^vP*X"  # of the settings of a method
+DASHES = ("-", "--", ":", "-.")  # of their curves
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (tables in any statistics book)
 T_975 = [
@@ -129,7 +130,7 @@ def draw_tradeoff(study, rows):
     if len(tests) != 2:  # evaluations have failed
         return draw_study(study, rows)
     paces = sorted({row["tokens_per_step"] for row in rows})
-    figure = Figure(figsize=(1 + 4 * len(paces), 4), layout="constrained")
+    figure = Figure(figsize=(1 + 5 * len(paces), 5), layout="constrained")
     panels = figure.subplots(1, len(paces), squeeze=False, sharex=True, sharey=True)[0]
     for axes, pace in zip(panels, paces, strict=True):
         curves = {}  # {a setting without its LR: {LR: {test: accuracies}}}
@@ -170,7 +171,9 @@ def draw_curve(axes, by_lr, tests, base, name, color, marker):
         points.append([mean_interval(values) for values in gains])
     x, y = ([point[axis][0] for point in points] for axis in (0, 1))
     x_bar, y_bar = ([finite(point[axis][1]) for point in points] for axis in (0, 1))
-    axes.errorbar(x, y, yerr=y_bar, xerr=x_bar, color=color, marker=marker, label=name, capsize=2)
+    line = DASHES[MARKERS.index(marker) % len(DASHES)]
+    style = {"color": color, "marker": marker, "linestyle": line, "capsize": 2}
+    axes.errorbar(x, y, yerr=y_bar, xerr=x_bar, label=name, **style)
     near = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": "xx-small"}
     for lr, point in zip(by_lr, zip(x, y, strict=True), strict=True):
         axes.annotate(lr, point, color=color, **near)

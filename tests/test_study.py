@@ -964,6 +964,8 @@ def test_learning_against_forgetting():
     _, axes = plot.draw_tradeoff("narrow", [*rows, *slower]).axes
     curves = {text.get_label(): text.lines[0].get_xydata() for text in axes.containers}
     assert list(curves) == ["fullseq", "fullseq steps=5", "rest", "lift"]
+    dashes = [text.lines[0].get_linestyle() for text in axes.containers]
+    assert dashes == ["-", "--", "-", "-"]  # a setting has its own, beside its marker
     assert curves["fullseq"] == pytest.approx(np.array([[15, -10], [40, -40]]))
     assert curves["fullseq steps=5"] == pytest.approx(np.array([[5, -5]]))
     assert len(curves["rest"]) == 0
