@@ -769,6 +769,17 @@ def test_results_keep_what_other_studies_have_found(tmp_path):
     assert read_results(path) == [new]
 
 
+def test_what_is_in_the_file_is_reported(tmp_path, capsys):
+    """Also of a test set that another command has evaluated; not of other studies."""
+    path = tmp_path / "results.csv"
+    lines = [line_of(test="t"), line_of(test="u"), line_of(study="another")]
+    suite.write_csv(path, list(lines[0]), lines)
+    study.report(path, argparse.Namespace(studies=["s"], output=tmp_path))
+    printed = capsys.readouterr().out
+    assert "t, 2 per step | u, 2 per step" in printed and "another" not in printed
+    assert [found.name for found in tmp_path.glob("*.png")] == ["s.png"]
+
+
 def test_differences_are_paired_by_seed(capsys):
     rows = []
     found = {"a": [0.50, 0.60, 0.70], "b": [0.51, 0.62, 0.70]}
